@@ -1,0 +1,4359 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["bottle>=0.13"]
+# ///
+"""userapi: users over REST, out of one file.
+
+Stores users (id, name, mail, phone numbers, addresses) in SQLite and serves them as
+JSON, CSV and NDJSON, with an admin page, a reference, OpenAPI and Postman documents.
+
+    python userapi.py                                  # http://127.0.0.1:8080/
+    app = UserAPI(db="users.db")                       # any WSGI server, any prefix
+    app.store.create_users([{"name": "Ada", "mail": "ada@example.org"}])
+
+Words used throughout: a *row* comes from the database, a *user* is what is shown, an
+*item* is what was sent; *rows* (lower case, of a user) are its phones and addresses; a
+*view* is the members that an API version shows; a *problem* is an error as RFC 9457
+has it; a *turn* is one round of the server's loop, whose writes are committed together.
+
+It is no general database server, no user directory with passwords, and no framework.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import base64
+import bisect
+import collections
+import contextlib
+import datetime
+import functools
+import hashlib
+import hmac
+import io
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import sqlite3
+import sys
+import threading
+import time
+import traceback
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from email.utils import formatdate
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple
+from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode
+
+if __name__ == "__main__":  # a script's bytecode is never cached, a module's is
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("userapi", __file__)
+    assert spec is not None and spec.loader is not None
+    sys.modules["userapi"] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(sys.modules["userapi"])
+    except ImportError as fault:
+        sys.exit(f"userapi: {fault}")
+    sys.exit(sys.modules["userapi"].main())
+
+try:
+    import bottle
+except ImportError:
+    raise ImportError(
+        "Bottle is missing: 'pip install bottle', the package python3-bottle of your"
+        " distribution, or the file bottle.py beside userapi.py"
+    ) from None
+
+__all__ = ["Problem", "Store", "UserAPI", "main", "openapi", "postman", "serve"]
+__version__ = "1.0.0"
+
+Environ = dict[str, Any]
+Item = dict[str, Any]
+Headers = list[tuple[str, str]]
+Rows = list[Any]  # of tuples, as SQLite gives them
+
+# ── Settings ──────────────────────────────────────────────────────────────────────
+
+
+class Setting(NamedTuple):
+    """A flag, a `USERAPI_*` variable, a keyword argument and a row of the README."""
+
+    name: str
+    default: Any
+    help: str
+
+
+SETTINGS = (
+    Setting("db", "users.db", "path of the SQLite file, or :memory:"),
+    Setting("host", "127.0.0.1", "address to listen on"),
+    Setting("port", 8080, "port to listen on; 0 picks a free one"),
+    Setting("unix", "", "path of a Unix socket to listen on instead"),
+    Setting("cert", "", "TLS certificate chain (PEM file); goes with key"),
+    Setting("key", "", "TLS private key (PEM file); goes with cert"),
+    Setting("token", "", "the admin token: a variable or keyword, never a flag"),
+    Setting("token_file", "", "file that holds the admin token, for its owner alone"),
+    Setting("allow_host", (), "names that the Host header may have, by commas"),
+    Setting("cors", (), "origins whose pages may call the API, by commas"),
+    Setting(
+        "trusted_proxy", (), "addresses whose X-Forwarded-* is believed, by commas"
+    ),
+    Setting("unique_mail", False, "refuse a mail address that another user has"),
+    Setting("require_if_match", False, "refuse a change of one user without If-Match"),
+    Setting("keep_changes", 100_000, "rows that the log of changes keeps"),
+    Setting("max_body", 8 << 20, "bytes of a request's body"),
+    Setting("max_items", 10_000, "items of a request"),
+    Setting("max_bodies", 32 << 20, "bytes of all bodies in flight"),
+    Setting("max_connections", 512, "connections at a time"),
+    Setting("max_line", 8192, "bytes of a request line"),
+    Setting("max_head", 16384, "bytes of a header section"),
+    Setting("max_fields", 64, "fields of a header section"),
+    Setting("head_timeout", 10, "seconds for a request's head to arrive"),
+    Setting("body_timeout", 20, "seconds for its body, and one more each 256 KiB"),
+    Setting("idle_timeout", 30, "seconds that a connection may idle"),
+    Setting("send_timeout", 20, "seconds without progress in taking an answer"),
+    Setting("log", "text", "access log: text, json or off"),
+)
+TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+class SettingError(ValueError):
+    """A setting has a value that it cannot have; the text says which and why."""
+
+
+class Settings:
+    """The settings in force: what is given, else the `USERAPI_*` variable, else the
+    default. Raises SettingError."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        unknown = set(given) - {setting.name for setting in SETTINGS}
+        if unknown:
+            raise SettingError(f"there is no setting {', '.join(sorted(unknown))}")
+        for name, default, _ in SETTINGS:
+            value = given.get(name)
+            if value is None:
+                value = os.environ.get(f"USERAPI_{name.upper()}") or default
+            setattr(self, name, convert(name, default, value))
+        if self.log not in ("text", "json", "off"):
+            raise SettingError("log is text, json or off")
+        if bool(self.cert) != bool(self.key):
+            raise SettingError("cert and key go together")
+        if self.token_file and not self.token:
+            self.token = read_token(self.token_file)
+        if not re.fullmatch(r"[\x21-\x7e]*", self.token):
+            raise SettingError("token may hold visible ASCII characters only")
+
+    def update(self, given: dict[str, Any]) -> None:
+        """Take over other values. Raises SettingError."""
+        vars(self).update(vars(Settings({**vars(self), **given})))
+
+
+def convert(name: str, default: Any, value: Any) -> Any:
+    """The value in the type of the setting's default. Raises SettingError."""
+    if isinstance(default, bool):
+        truth = TRUTH.get(str(value).lower())
+        if truth is None:
+            raise SettingError(f"{name} is one of {', '.join(TRUTH)}")
+        return truth
+    if isinstance(default, int):
+        low, high = (0, 65535) if name == "port" else (1, 2**40)
+        if not re.fullmatch("[0-9]{1,13}", str(value)) or not low <= int(value) <= high:
+            raise SettingError(f"{name} is a whole number from {low} to {high}")
+        return int(value)
+    if isinstance(default, tuple):
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(part.strip().lower().rstrip("/") for part in parts if part.strip())
+    return str(value)
+
+
+def read_token(path: str) -> str:
+    """The token in a file that only its owner (and group) can read."""
+    try:
+        with open(path, encoding="ascii") as file:
+            if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o007:
+                raise SettingError("token_file can be read by others: chmod 600 it")
+            token = file.read().strip()
+    except (OSError, UnicodeError) as fault:
+        raise SettingError(f"token_file cannot be read: {reason(fault)}") from None
+    if not token:
+        raise SettingError("token_file is empty")
+    return token
+
+
+def reason(fault: Exception) -> str:
+    """Why an operation of the system failed, without the path it failed on."""
+    return getattr(fault, "strerror", None) or type(fault).__name__
+
+
+# ── Problems ──────────────────────────────────────────────────────────────────────
+
+#: status: (title of RFC 9110, when it is answered)
+PROBLEMS = {
+    400: ("Bad Request", "bad HTTP, JSON, UTF-8 or query"),
+    401: ("Unauthorized", "no token, or a wrong one"),
+    403: ("Forbidden", "wrong role, cross-site, or a foreign Host"),
+    404: ("Not Found", "there is nothing at this URI"),
+    405: ("Method Not Allowed", "the resource does not have this method; see Allow"),
+    406: ("Not Acceptable", "Accept allows none of the formats there are"),
+    408: ("Request Timeout", "the request took too long to arrive"),
+    409: ("Conflict", "an id or a mail address is taken"),
+    410: ("Gone", "since is older than the log of changes"),
+    411: ("Length Required", "the request announces no end of its body"),
+    412: ("Precondition Failed", "someone was faster; read the user again"),
+    413: ("Content Too Large", "the body or its number of items is over the limit"),
+    414: ("URI Too Long", "the request line is over the limit"),
+    415: ("Unsupported Media Type", "not a media type that this operation takes"),
+    417: ("Expectation Failed", "an Expect other than 100-continue"),
+    422: ("Unprocessable Content", "members are not valid; errors lists them all"),
+    428: ("Precondition Required", "this server wants If-Match"),
+    429: ("Too Many Requests", "too many wrong tokens; see Retry-After"),
+    431: ("Request Header Fields Too Large", "the header section is over the limit"),
+    500: ("Internal Server Error", "an unknown fault, logged with the id given"),
+    501: ("Not Implemented", "an unknown transfer coding"),
+    503: ("Service Unavailable", "busy or read-only; see Retry-After"),
+    505: ("HTTP Version Not Supported", "neither HTTP/1.1 nor HTTP/1.0"),
+    507: ("Insufficient Storage", "no room on the disk"),
+}
+STATUS = {200: "200 OK", 201: "201 Created", 204: "204 No Content"}
+STATUS[304] = "304 Not Modified"
+STATUS.update({status: f"{status} {title}" for status, (title, _) in PROBLEMS.items()})
+PROBLEM_JSON = "application/problem+json"
+
+
+class Problem(Exception):
+    """An error as the client sees it (RFC 9457): status, detail, and every fault.
+
+    `errors` are objects with `detail` and one of `pointer` (RFC 6901, a URI fragment),
+    `parameter` or `header`; `headers` go out with the answer; `more` are further
+    members of the body.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        errors: Sequence[Item] = (),
+        headers: Sequence[tuple[str, str]] = (),
+        **more: Any,
+    ) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.headers = status, detail, list(headers)
+        self.errors, self.more = list(errors), more
+
+    def body(self) -> bytes:
+        """The problem as application/problem+json."""
+        members: Item = {"code": 1, "message": "FAILURE", "type": "about:blank"}
+        members.update(title=PROBLEMS[self.status][0], status=self.status)
+        members["detail"] = self.detail
+        if self.errors:
+            members["errors"] = self.errors
+        return to_json({**members, **self.more})
+
+
+def busy(detail: str, seconds: int = 1) -> Problem:
+    """A 503 that says when to come again."""
+    return Problem(503, detail, headers=[("Retry-After", str(seconds))])
+
+
+def to_json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+#: from the first of these in SQLite's message to the problem that it is
+DATABASE_PROBLEMS = (
+    ("full", 507, "there is no room on the disk"),
+    ("disk I/O error", 507, "the disk does not take what is written"),
+    ("locked", 503, "another program holds the database"),
+    ("readonly", 503, "the database is read-only"),
+    ("unable to open", 503, "the database cannot be opened"),
+    ("malformed", 503, "the database is damaged"),
+    ("not a database", 503, "the database is damaged"),
+)
+
+
+def database_problem(fault: sqlite3.Error) -> Problem:
+    """What a fault of SQLite means to a client; its text stays here."""
+    name = getattr(fault, "sqlite_errorname", "")
+    for part, status, detail in DATABASE_PROBLEMS:
+        if part in str(fault):
+            if name.startswith("SQLITE_IOERR") and "WRITE" not in name:
+                return busy("the disk does not answer", 5)
+            return Problem(status, detail, headers=[("Retry-After", "5")])
+    raise fault
+
+
+# ── Fields ────────────────────────────────────────────────────────────────────────
+
+MAX_ID = 2**53 - 1  # the largest whole number that every JSON client can hold
+INVISIBLE = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+HIDDEN = frozenset({"Cf", "Zs", "Zl", "Zp"})
+BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+#: Unicode's White_Space; str.strip() would take U+001C to U+001F as well
+SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B)))
+SPACE += "\u2028\u2029\u202f\u205f\u3000"
+_LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+#: the HTML standard's rule for <input type=email>, and RFC 5321's 64 before the @
+MAIL = rf"^(?=[^@]{{1,64}}@)[a-zA-Z0-9.!#$%&'*+/=?^_`{{|}}~-]+@{_LABEL}(?:\.{_LABEL})*$"
+NUMBER = r"^(?=(?:[^0-9]*[0-9]){3})\+?[0-9(][0-9 ()./-]*( ?x[0-9]+)?$"
+TIME = re.compile(
+    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(?:[Zz]|([+-]\d\d:\d\d))",
+    re.ASCII,
+)
+
+
+class Field(NamedTuple):
+    """One member of a user, a phone or an address: what it may hold and where it shows.
+
+    `schema` is JSON Schema and is what check() runs by; `clean` is a rule beyond it;
+    `v1` and `csv` say where it shows besides v2; `rows` names the kind of a list.
+    """
+
+    name: str
+    title: str
+    schema: Item
+    example: Any
+    fault: str = "is not valid"
+    required: bool = False
+    read_only: bool = False
+    v1: bool = False
+    csv: bool = False
+    rows: str = ""
+    column: str = ""
+    clean: Callable[[str], str] | None = None
+    input: str = "text"
+
+    def check(self, value: Any) -> Any:
+        """The value as it is stored. Raises ValueError with what is wrong."""
+        if self.schema["type"] == "integer":
+            return check_id(value)
+        if not isinstance(value, str):
+            raise ValueError("is not a string")
+        if self.clean:
+            value = self.clean(value)
+        most = self.schema.get("maxLength", len(value))
+        if len(value) > most:
+            raise ValueError(f"has {len(value)} characters; {most} are the most")
+        pattern = self.schema.get("pattern")
+        if pattern and not re.fullmatch(pattern, value):
+            raise ValueError(self.fault)
+        return value
+
+
+def check_id(value: Any) -> int:
+    """An id: a whole number from 1 to 2^53-1; 1.0 is 1, true is not."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not int:
+        raise ValueError("is not a whole number")
+    if not 1 <= value <= MAX_ID:
+        raise ValueError(f"is not between 1 and {MAX_ID}")
+    return value
+
+
+def clean_name(value: str) -> str:
+    """A name in NFC without white space around it. Raises ValueError."""
+    if value.isascii() and value.isprintable():
+        value = value.strip(" ")
+    else:
+        value = unicodedata.normalize("NFC", value).strip(SPACE)
+        kinds = {character: unicodedata.category(character) for character in value}
+        if not {"Cc", "Cn", "Cs"}.isdisjoint(kinds.values()) or BIDI & kinds.keys():
+            raise ValueError("holds a character that no name has")
+        if all(kind in HIDDEN or c in INVISIBLE for c, kind in kinds.items()):
+            value = ""
+    if not value:
+        raise ValueError("is empty or holds only invisible characters")
+    return value
+
+
+def check_time(value: Any) -> str:
+    """A time of RFC 3339 in UTC with milliseconds. Raises ValueError."""
+    match = TIME.fullmatch(value) if isinstance(value, str) else None
+    try:
+        day, clock, fraction, offset = match.groups()  # type: ignore[union-attr]
+        when = datetime.datetime.fromisoformat(f"{day}T{clock}{offset or '+00:00'}")
+        when = when.astimezone(datetime.timezone.utc)
+    except (AttributeError, ValueError, OverflowError):
+        raise ValueError("is not a time (RFC 3339)") from None
+    return f"{when.isoformat()[:19]}.{(fraction or '')[:3]:0<3}Z"
+
+
+def text(name: str, title: str, example: str, **more: Any) -> Field:
+    """A field of optional text of at most 200 characters, stored as it was sent."""
+    schema = {"type": "string", "maxLength": 200, **more.pop("schema", {})}
+    return Field(name, title, schema, example, column=name, **more)
+
+
+ID = {"type": "integer", "minimum": 1, "maximum": MAX_ID}
+STAMP = {"type": "string", "format": "date-time"}
+ROW_ID = Field("id", "Number", ID, 1, column="id")
+LABEL = text("label", "Label", "work", schema={"maxLength": 50})
+COUNTRY = {"pattern": "^([A-Z]{2})?$", "maxLength": 2}
+PHONE_NUMBER = {"minLength": 3, "maxLength": 32, "pattern": NUMBER}
+
+
+class Shape(NamedTuple):
+    """The fields of a user or of a kind of rows below it, and how items are checked."""
+
+    name: str
+    plural: str
+    title: str
+    fields: tuple[Field, ...]
+    one_of: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(field.name for field in self.fields)
+
+    @property
+    def columns(self) -> tuple[Field, ...]:
+        """The fields that are a column which a client writes, without the id."""
+        return tuple(
+            field
+            for field in self.fields
+            if field.column and not field.read_only and field.name != "id"
+        )
+
+
+PHONE = Shape(
+    "phone",
+    "phones",
+    "phone number",
+    (
+        ROW_ID,
+        LABEL,
+        text(
+            "number",
+            "Number",
+            "+49 30 1234567",
+            schema=PHONE_NUMBER,
+            required=True,
+            fault="is not a phone number",
+            input="tel",
+        ),
+    ),
+)
+ADDRESS = Shape(
+    "address",
+    "addresses",
+    "address",
+    (
+        ROW_ID,
+        LABEL,
+        text("street", "Street", "Hauptstraße 5"),
+        text("postcode", "Postcode", "10827"),
+        text("city", "City", "Berlin"),
+        text("region", "Region", "Berlin"),
+        text(
+            "country",
+            "Country",
+            "DE",
+            schema=COUNTRY,
+            fault="is not two capital letters",
+        ),
+    ),
+    one_of=("street", "city"),
+)
+SHAPES = {"phone": PHONE, "address": ADDRESS}
+USER = Shape(
+    "user",
+    "users",
+    "user",
+    (
+        Field("id", "Id", ID, 1, v1=True, csv=True, column="user_id"),
+        Field(
+            "name",
+            "Name",
+            {"type": "string", "minLength": 1, "maxLength": 200},
+            "Simone Giertz",
+            required=True,
+            v1=True,
+            csv=True,
+            column="user_name",
+            clean=clean_name,
+        ),
+        Field(
+            "mail",
+            "Mail",
+            {"type": "string", "format": "email", "maxLength": 254, "pattern": MAIL},
+            "giertz@shittyrobots.loc",
+            fault="is not a mail address",
+            required=True,
+            v1=True,
+            csv=True,
+            column="user_mail",
+            input="email",
+        ),
+        Field("phone", "Phone", {"type": "array"}, [], rows="phone"),
+        Field("address", "Address", {"type": "array"}, [], rows="address"),
+        Field("version", "Version", ID, 1, read_only=True, column="version"),
+        Field("created", "Created", STAMP, "", read_only=True, column="created"),
+        Field("updated", "Updated", STAMP, "", read_only=True, column="updated"),
+    ),
+)
+VIEWS = {
+    "v1": tuple(field.name for field in USER.fields if field.v1),
+    "v2": USER.names,
+}
+FIELDS = {
+    shape.name: {field.name: field for field in shape.fields}
+    for shape in (USER, PHONE, ADDRESS)
+}
+
+
+class BadLine(str):
+    """A line of an import that is no item; the text says why."""
+
+
+class Place(NamedTuple):
+    """Where an item stands: its pointer and, in an import, its physical line."""
+
+    pointer: str
+    line: int = 0
+
+    def fault(self, member: str, detail: str) -> Item:
+        """An entry of a problem's `errors` about a member of the item."""
+        pointer = f"{self.pointer}/{member}" if member else self.pointer
+        fault: Item = {"pointer": pointer, "detail": detail}
+        return {"line": self.line, **fault} if self.line else fault
+
+
+def escape_pointer(member: str) -> str:
+    """A member's name within a pointer that is a URI fragment (RFC 6901 §6)."""
+    return quote(member.replace("~", "~0").replace("/", "~1"), safe="~!$&'()*+,;=:@")
+
+
+class Faults:
+    """The faults of one request: all are told, up to `most`; the worst one counts."""
+
+    def __init__(self, most: int = MAX_ID) -> None:
+        self.most, self.total = most, 0
+        self.errors: list[Item] = []
+        self.statuses: set[int] = set()
+
+    def add(self, fault: Item, status: int = 422) -> None:
+        self.total += 1
+        self.statuses.add(status)
+        if len(self.errors) < self.most:
+            self.errors.append(fault)
+
+    def raise_worst(self) -> None:
+        """Raise Problem 422, else 404, else 409, where there were faults."""
+        for status, one, many in (
+            (422, "1 member is not valid", "{} members are not valid"),
+            (404, "there is no such user or row", "{} of the items do not exist"),
+            (409, "the id or mail address is taken", "{} of the items are taken"),
+        ):
+            if status in self.statuses:
+                detail = one if self.total == 1 else many.format(self.total)
+                problem = Problem(status, detail, self.errors)
+                if self.most != MAX_ID:
+                    problem.more["total"] = self.total
+                raise problem
+
+
+class Checker(NamedTuple):
+    """How items of one request are checked; what is wrong is added to `faults`.
+
+    `members` are the names that may be sent; with `partial` only what is sent is
+    checked (a merge); with `times` created and updated are kept (an import).
+    """
+
+    shape: Shape
+    members: Sequence[str]
+    faults: Faults
+    partial: bool = False
+    times: bool = False
+
+    def check(self, place: Place, item: Any, id_rule: int | str = "optional") -> Item:
+        """The item as it is stored. `id_rule` is optional, required, or the URI's."""
+        if not isinstance(item, dict):
+            told = item if isinstance(item, BadLine) else "is not an object"
+            self.faults.add(place.fault("", told))
+            return {}
+        found = self.faults.total
+        values: Item = {}
+        for name, value in item.items():
+            try:
+                self.check_member(place, name, value, values)
+            except ValueError as fault:
+                self.faults.add(place.fault(escape_pointer(name), str(fault)))
+        if not self.partial:
+            self.complete(place, item, values)
+        if isinstance(id_rule, int):
+            if values.setdefault("id", id_rule) != id_rule:
+                self.faults.add(place.fault("id", "is not the URI's"))
+        elif id_rule == "required" and "id" not in item:
+            self.faults.add(place.fault("id", "is required"))
+        wanted, well = self.shape.one_of, self.faults.total == found
+        if wanted and well and not any(values.get(name) for name in wanted):
+            self.faults.add(place.fault("", f"needs {' or '.join(wanted)}"))
+        return values
+
+    def check_member(self, place: Place, name: str, value: Any, values: Item) -> None:
+        field = FIELDS[self.shape.name].get(name)
+        if field is None or name not in self.members:
+            raise ValueError("is no member that can be sent here")
+        if field.read_only:
+            if self.times and name in ("created", "updated"):
+                values[name] = check_time(value)
+        elif self.partial and value is None and name != "id":
+            if field.required:
+                raise ValueError("is required")
+            values[name] = [] if field.rows else ""
+        elif field.rows:
+            values[name] = self.check_rows(place, field, value)
+        else:
+            values[name] = field.check(value)
+
+    def check_rows(self, place: Place, field: Field, value: Any) -> list[Item]:
+        if not isinstance(value, list):
+            raise ValueError("is not a list")
+        shape = SHAPES[field.rows]
+        checker = Checker(shape, shape.names, self.faults)
+        rows, seen = [], set()
+        for index, item in enumerate(value):
+            at = place._replace(pointer=f"{place.pointer}/{field.name}/{index}")
+            rows.append(checker.check(at, item))
+            number = rows[-1].get("id")
+            if number is not None and number in seen:
+                self.faults.add(at.fault("id", "stands twice"))
+            seen.add(number)
+        return rows
+
+    def complete(self, place: Place, item: Item, values: Item) -> None:
+        """Name the required members that are missing, empty the optional ones."""
+        for field in self.shape.columns:
+            if field.name in item or field.name not in self.members:
+                continue
+            if field.required:
+                self.faults.add(place.fault(field.name, "is required"))
+            else:
+                values[field.name] = ""
+
+
+def utc_now() -> str:
+    """Now, as it is stored and shown: RFC 3339, UTC, milliseconds."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return now.isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+def fold(value: str) -> str:
+    """Text as it is compared without case."""
+    return unicodedata.normalize("NFC", value).casefold()
+
+
+# ── Store ─────────────────────────────────────────────────────────────────────────
+
+APPLICATION_ID = 0x75736572  # "user", in the file's header
+PAGE_ROWS = 500  # rows read at a time when all users are read
+SORTS = {"id": "user_id", "name": "name_fold", "mail": "mail_fold"}
+SORTS.update(created="created", updated="updated")
+ORIGINAL = ["user_id", "user_name", "user_mail"]  # the first application's columns
+_NOW = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
+_LAST_SEQ = "coalesce((SELECT max(seq) FROM changes), 0)"
+_HIGHEST = "coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'users'), 0)"
+
+
+_BOTH = """'["name", "mail"]'"""
+
+
+def log_sql(op: str, user: str, fields: str) -> str:
+    """The statement with which a trigger logs what another program wrote."""
+    return (
+        "INSERT INTO changes (at, actor, op, user, fields)"
+        f" SELECT {_NOW}, NULL, '{op}', {user}, {fields}"
+    )
+
+
+def rows_sql(shape: Shape) -> list[str]:
+    """The table of a kind of rows below a user, and the triggers on it.
+
+    Our own writes set `stamp` to the user's new version, so that the triggers leave
+    them alone; another program's leave it as it was.
+    """
+    table, columns = f"user_{shape.name}", shape.columns
+    fields = f"""'["{shape.name}"]'"""
+    declared = "".join(
+        f" {field.column} TEXT NOT NULL DEFAULT ''," for field in columns
+    )
+    statements = [
+        f"CREATE TABLE {table} (user_id INTEGER NOT NULL, id INTEGER NOT NULL,"
+        f"{declared} stamp INTEGER NOT NULL DEFAULT 0,"
+        " PRIMARY KEY (user_id, id)) WITHOUT ROWID"
+    ]
+    for event, row, when in (
+        ("INSERT", "NEW", "NEW.stamp = 0"),
+        ("UPDATE", "NEW", "NEW.stamp = OLD.stamp"),
+        ("DELETE", "OLD", "OLD.stamp >= 0"),
+    ):
+        exists = f"EXISTS (SELECT 1 FROM users WHERE user_id = {row}.user_id)"
+        statements.append(
+            f"CREATE TRIGGER {table}_{event.lower()} AFTER {event} ON {table}"
+            f" WHEN {when} AND {exists} BEGIN"
+            f" UPDATE users SET version = version + 1, updated = {_NOW},"
+            f" last_{shape.name} = max(last_{shape.name}, {row}.id)"
+            f" WHERE user_id = {row}.user_id;"
+            f" {log_sql('update', row + '.user_id', fields)}; END"
+        )
+    return statements
+
+
+#: Each step takes the schema one version further; PRAGMA user_version counts them.
+#: Version 0 is the first application's, whose own INSERT goes on working.
+MIGRATIONS = (
+    (
+        "CREATE TABLE IF NOT EXISTS users (user_id INTEGER PRIMARY KEY AUTOINCREMENT,"
+        " user_name TEXT NOT NULL, user_mail TEXT NOT NULL)",
+        "ALTER TABLE users ADD COLUMN version INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE users ADD COLUMN created TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE users ADD COLUMN updated TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE users ADD COLUMN name_fold TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE users ADD COLUMN mail_fold TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE users ADD COLUMN last_phone INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE users ADD COLUMN last_address INTEGER NOT NULL DEFAULT 0",
+        f"UPDATE users SET version = 1, created = {_NOW}, updated = {_NOW},"
+        " name_fold = fold(user_name), mail_fold = fold(user_mail)",
+        *(
+            f"CREATE INDEX users_by_{name} ON users ({column})"
+            for name, column in SORTS.items()
+            if name != "id"
+        ),
+        "CREATE TABLE changes (seq INTEGER PRIMARY KEY, at TEXT NOT NULL, actor TEXT,"
+        " op TEXT NOT NULL, user INTEGER NOT NULL, fields TEXT NOT NULL)",
+        "CREATE TABLE retries (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE,"
+        " at INTEGER NOT NULL,"
+        " digest BLOB NOT NULL, status INTEGER NOT NULL, headers TEXT NOT NULL,"
+        " body BLOB NOT NULL)",
+        "CREATE INDEX retries_by_at ON retries (at)",
+        "CREATE TABLE tokens (name TEXT PRIMARY KEY, digest BLOB NOT NULL UNIQUE,"
+        " role TEXT NOT NULL, created TEXT NOT NULL, used TEXT NOT NULL DEFAULT '')",
+        *rows_sql(PHONE),
+        *rows_sql(ADDRESS),
+        "CREATE TRIGGER users_insert AFTER INSERT ON users WHEN NEW.version = 0 BEGIN"
+        f" {log_sql('create', 'NEW.user_id', _BOTH)};"
+        f" UPDATE users SET created = {_NOW}, updated = {_NOW},"
+        " name_fold = lower(user_name), mail_fold = lower(user_mail),"
+        f" version = CASE WHEN NEW.user_id > {_HIGHEST} THEN 1 ELSE {_LAST_SEQ} + 1 END"
+        " WHERE user_id = NEW.user_id; END",
+        "CREATE TRIGGER users_update AFTER UPDATE OF user_id, user_name, user_mail"
+        " ON users WHEN NEW.version = OLD.version BEGIN"
+        f" UPDATE users SET version = version + 1, updated = {_NOW},"
+        " name_fold = lower(user_name), mail_fold = lower(user_mail)"
+        " WHERE user_id = NEW.user_id; "
+        + log_sql(
+            "update",
+            "NEW.user_id",
+            "'[' || substr("
+            "CASE WHEN NEW.user_name <> OLD.user_name THEN ', \"name\"' ELSE '' END ||"
+            " CASE WHEN NEW.user_mail <> OLD.user_mail THEN ', \"mail\"' ELSE '' END"
+            ", 3) || ']'",
+        )
+        + "; END",
+        "CREATE TRIGGER users_delete AFTER DELETE ON users BEGIN"
+        " DELETE FROM user_phone WHERE user_id = OLD.user_id;"
+        " DELETE FROM user_address WHERE user_id = OLD.user_id; "
+        + log_sql("delete", "OLD.user_id", "'[]'")
+        + f" WHERE NOT EXISTS (SELECT 1 FROM changes WHERE seq = {_LAST_SEQ}"
+        " AND op = 'delete' AND user = OLD.user_id); END",
+        f"PRAGMA application_id = {APPLICATION_ID}",
+    ),
+)
+
+
+def object_sql(pairs: Iterable[tuple[str, str]]) -> str:
+    """An SQL expression that is a JSON object of (member, SQL of its JSON text)."""
+    parts = " || ', ' || ".join(f"""'"{name}": ' || {sql}""" for name, sql in pairs)
+    return f"'{{' || {parts} || '}}'"
+
+
+def text_sql(column: str) -> str:
+    return f"json_quote(CAST({column} AS TEXT))"
+
+
+def member_sql(field: Field) -> str:
+    """The SQL of a user's member as JSON text."""
+    if field.rows:
+        shape = SHAPES[field.rows]
+        pairs = [(name, text_sql(name)) for name in shape.names if name != "id"]
+        row = object_sql([("id", "id"), *pairs])
+        return (
+            f"coalesce((SELECT '[' || group_concat({row}, ', ') || ']'"
+            f" FROM user_{shape.name} AS r WHERE r.user_id = users.user_id), '[]')"
+        )
+    return field.column if field.schema is ID else text_sql(field.column)
+
+
+@functools.lru_cache(maxsize=256)
+def view_sql(members: tuple[str, ...]) -> str:
+    """The SQL of a user as JSON text with just these members."""
+    return object_sql((name, member_sql(FIELDS["user"][name])) for name in members)
+
+
+@functools.lru_cache(maxsize=256)
+def show_sql(members: tuple[str, ...]) -> str:
+    return f"SELECT {view_sql(members)}, version FROM users WHERE user_id = ?"
+
+
+class Query(NamedTuple):
+    """Which users to read: filters, an order, and a place in it."""
+
+    q: str | None = None
+    name: str | None = None
+    mail: str | None = None
+    ids: Sequence[int] | None = None
+    sort: str = "id"
+    after: tuple[Any, int] | None = None
+    limit: int | None = None
+
+    def where(self) -> tuple[str, list[Any]]:
+        """The filters as SQL, with the values to bind."""
+        terms, values = ["1"], list[Any]()
+        if self.q is not None:
+            terms.append("(instr(name_fold, ?) OR instr(mail_fold, ?))")
+            values += [fold(self.q)] * 2
+        if self.name is not None:
+            terms.append("name_fold IN (?, lower(?)) AND user_name = ?")
+            values += [fold(self.name), self.name, self.name]
+        if self.mail is not None:
+            terms.append("mail_fold IN (?, lower(?))")
+            values += [fold(self.mail), self.mail]
+        if self.ids is not None:
+            terms.append(f"user_id IN ({', '.join('?' * len(self.ids))})")
+            values.extend(self.ids)
+        return " AND ".join(terms), values
+
+
+class Saved(NamedTuple):
+    """What save_users() did: the ids it created and changed, how many it skipped."""
+
+    created: array.array[int]
+    replaced: array.array[int]
+    skipped: array.array[int]
+
+
+class Transaction:
+    """What one request (or one call) writes together; begun by its first write."""
+
+    def __init__(self, actor: str | None, keep: bool) -> None:
+        self.actor, self.keep = actor, keep
+        self.now = utc_now()
+        self.connection: sqlite3.Connection | None = None
+        self.changes: list[Item] = []
+
+
+class Scope(threading.local):
+    """The transaction that this thread is in, if it is in one."""
+
+    transaction: Transaction | None = None
+
+
+class Store:
+    """Users in a SQLite file. Methods raise Problem and may be called from any thread.
+
+    `path` is a file, or `:memory:`. `on_change` is called with each change (a dict as
+    /api/changes shows it) once it is committed.
+    """
+
+    def __init__(
+        self,
+        path: str = "users.db",
+        unique_mail: bool = False,
+        keep_changes: int = 100_000,
+        on_change: Callable[[Item], None] | None = None,
+    ) -> None:
+        self.path, self.unique_mail = path, unique_mail
+        self.keep_changes, self.on_change = keep_changes, on_change
+        self.read_only, self.immutable, self.wal = False, False, True
+        self.memory = path == ":memory:"
+        self._lock = threading.RLock() if self.memory else contextlib.nullcontext()
+        self._scope = Scope()
+        self._pool: list[sqlite3.Connection] = []
+        self._pid, self._left_to_parent = os.getpid(), self._pool
+        self._group: sqlite3.Connection | None = None
+        self._group_thread = 0
+        self._group_fault: Problem | None = None
+        self._group_changes: list[Item] = []
+        self._touched: dict[str, str] = {}
+        if not self.memory:
+            self._refuse_foreign()
+        try:
+            self._give(self._prepare())
+        except sqlite3.Error as fault:
+            raise database_problem(fault) from fault
+        if not self.memory:
+            self.close()
+
+    # Opening
+
+    def _refuse_foreign(self) -> None:
+        """Refuse what is no database of ours, before anything could change it."""
+        try:
+            size = os.path.getsize(self.path)
+            with open(self.path, "rb") as file:
+                head = file.read(100)
+        except FileNotFoundError:
+            return
+        except OSError as fault:
+            raise Problem(503, f"cannot be read: {reason(fault)}") from None
+        beside = [
+            end for end in ("-wal", "-journal") if os.path.exists(self.path + end)
+        ]
+        if size == 0 and not beside:
+            return
+        if size == 0:
+            raise Problem(503, f"is empty, but a {beside[0]} file stands beside it")
+        if len(head) < 100 or head[:16] != b"SQLite format 3\0":
+            raise Problem(503, "is not a SQLite database")
+        version = int.from_bytes(head[60:64], "big")
+        application = int.from_bytes(head[68:72], "big")
+        if application not in (0, APPLICATION_ID) or not application and version:
+            raise Problem(503, "is another program's database")
+        if version > len(MIGRATIONS):
+            raise Problem(503, "was written by a newer userapi")
+        if "-journal" not in beside:  # else only a writer can open it
+            self._examine(application == APPLICATION_ID, size)
+
+    def _examine(self, ours: bool, size: int) -> None:
+        """Look into the file without writing to it."""
+        try:
+            with contextlib.closing(self._open("mode=ro")) as db:
+                tables = [name for (name,) in db.execute(TABLES_SQL)]
+                columns = [row[1] for row in db.execute("PRAGMA table_info(users)")]
+                whole = [("ok",)]
+                if size < 32 << 20:
+                    whole = db.execute("PRAGMA quick_check(1)").fetchall()
+        except sqlite3.OperationalError as fault:
+            if "unable to open" in str(fault) or "readonly" in str(fault):
+                return  # on read-only media: _prepare finds out
+            raise Problem(503, database_problem(fault).detail) from None
+        except sqlite3.Error:
+            raise Problem(503, "is damaged") from None
+        if whole != [("ok",)] or ours and "changes" not in tables:
+            raise Problem(503, "is damaged")
+        if tables and columns[:3] != ORIGINAL:
+            raise Problem(503, "is another program's database")
+        if not ours and tables and (tables != ["users"] or columns != ORIGINAL):
+            raise Problem(503, "is another program's database")
+
+    def _open(self, mode: str) -> sqlite3.Connection:
+        import pathlib
+
+        where = ":memory:"
+        if not self.memory:
+            where = f"{pathlib.Path(self.path).absolute().as_uri()}?{mode}"
+        db = sqlite3.connect(
+            where, 5, uri=True, isolation_level=None, check_same_thread=False
+        )
+        db.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
+        return db
+
+    def _connect(self) -> sqlite3.Connection:
+        """A connection with the pragmas that DESIGN has reasons for."""
+        mode = "immutable=1" if self.immutable else "mode=ro"
+        db = self._open(mode if self.read_only else "mode=rwc")
+        db.execute("PRAGMA busy_timeout = 5000")
+        if not self.read_only and not self.memory:
+            (journal,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
+            self.wal = journal == "wal"
+            db.execute(f"PRAGMA synchronous = {'FULL' if self.wal else 'EXTRA'}")
+            db.execute("PRAGMA journal_size_limit = 16777216")
+        db.execute("PRAGMA foreign_keys = ON")
+        db.execute("PRAGMA trusted_schema = OFF")
+        try:
+            db.execute("SELECT json_quote('')")
+        except sqlite3.OperationalError:  # SQLite before 3.38 may be without JSON
+            db.create_function("json_quote", 1, lambda v: to_json(v).decode())
+        return db
+
+    def _prepare(self) -> sqlite3.Connection:
+        """The first connection: it finds out what can be done, and migrates."""
+        for self.read_only, self.immutable in (
+            (False, False),
+            (True, False),
+            (True, True),
+        ):
+            try:
+                db = self._connect()
+                if not self.read_only:
+                    self._migrate(db)
+                else:
+                    db.execute("SELECT version FROM users LIMIT 1").fetchall()
+                return db
+            except sqlite3.OperationalError as fault:
+                unwritable = ("readonly", "unable to open", "no such column")
+                if self.immutable or not any(part in str(fault) for part in unwritable):
+                    raise
+                last = fault
+        raise last
+
+    def _migrate(self, db: sqlite3.Connection) -> None:
+        """Take the schema to the newest version, in one transaction."""
+        db.create_function("fold", 1, fold, deterministic=True)
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            for statement in itertools.chain(*MIGRATIONS[version:]):
+                db.execute(statement)
+            self._add_columns(db)
+            self._index_mail(db)
+            db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+    def _add_columns(self, db: sqlite3.Connection) -> None:
+        """Give each field that is new in the tables above its column."""
+        tables = [("users", USER), *((f"user_{s.name}", s) for s in SHAPES.values())]
+        for table, shape in tables:
+            there = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
+            for field in shape.columns:
+                if field.column not in there:
+                    declared = f"{field.column} TEXT NOT NULL DEFAULT ''"
+                    db.execute(f"ALTER TABLE {table} ADD COLUMN {declared}")
+
+    def _index_mail(self, db: sqlite3.Connection) -> None:
+        if not self.unique_mail:
+            db.execute("DROP INDEX IF EXISTS users_unique_mail")
+            return
+        twice = db.execute(
+            "SELECT group_concat(user_id, ', ') FROM users WHERE mail_fold <> ''"
+            " GROUP BY mail_fold HAVING count(*) > 1 ORDER BY min(user_id) LIMIT 10"
+        ).fetchall()
+        if twice:
+            ids = "; ".join(row[0] for row in twice)
+            raise Problem(409, f"unique_mail: these users share a mail address: {ids}")
+        db.execute(
+            "CREATE UNIQUE INDEX IF NOT EXISTS users_unique_mail ON users (mail_fold)"
+            " WHERE mail_fold <> ''"
+        )
+
+    def close(self) -> None:
+        """Close the connections that no thread uses; the store stays usable."""
+        while self._pool:
+            self._pool.pop().close()
+
+    # Connections and transactions
+
+    def _take(self) -> sqlite3.Connection:
+        if self._pid != os.getpid():  # no connection crosses a fork
+            self._pid, self._left_to_parent, self._pool = os.getpid(), self._pool, []
+        try:
+            return self._pool.pop()
+        except IndexError:
+            return self._connect()
+
+    def _give(self, db: sqlite3.Connection) -> None:
+        self._pool.append(db)
+
+    def rows(self, sql: str, values: Sequence[Any] = ()) -> Rows:
+        """What a SELECT finds, as this thread's transaction sees it."""
+        scope = self._scope.transaction
+        try:
+            if scope is not None and scope.connection is not None:
+                return scope.connection.execute(sql, values).fetchall()
+            with self._lock:
+                db = self._take()
+                try:
+                    return db.execute(sql, values).fetchall()
+                finally:
+                    self._give(db)
+        except sqlite3.Error as fault:
+            raise database_problem(fault) from fault
+
+    @contextlib.contextmanager
+    def transaction(
+        self, actor: str | None = None, keep: bool = True
+    ) -> Iterator[Transaction]:
+        """All that is written inside is kept together, or not at all.
+
+        Transactions nest: an inner one joins the outer one. `keep=False` does
+        everything and takes it back (a dry run).
+        """
+        if self._scope.transaction is not None:
+            yield self._scope.transaction
+            return
+        with self._lock:
+            scope = self._scope.transaction = Transaction(actor, keep)
+            try:
+                yield scope
+                self._end(scope, keep)
+            except sqlite3.Error as fault:
+                self._end(scope, False)
+                raise database_problem(fault) from fault
+            except BaseException:
+                self._end(scope, False)
+                raise
+            finally:
+                self._scope.transaction = None
+        if keep and scope.connection is not self._group:
+            self._announce(scope.changes)
+
+    def _writer(self) -> sqlite3.Connection:
+        """The connection of this thread's transaction, which begins here."""
+        scope = self._scope.transaction
+        assert scope is not None
+        if scope.connection is None:
+            if self.read_only:
+                raise busy("the database is read-only", 60)
+            if self._group_thread == threading.get_ident() and self._group:
+                if self._group_fault:
+                    raise self._group_fault
+                self._group.execute("SAVEPOINT request")
+                scope.connection = self._group
+            else:
+                db = self._take()
+                try:
+                    db.execute("BEGIN IMMEDIATE")
+                except sqlite3.Error:
+                    self._give(db)
+                    raise
+                scope.connection = db
+        return scope.connection
+
+    def _end(self, scope: Transaction, keep: bool) -> None:
+        """Commit or roll back; in a group only this request's savepoint."""
+        db = scope.connection
+        if db is None:
+            return
+        if db is not self._group:
+            try:
+                if db.in_transaction:
+                    db.execute("COMMIT" if keep else "ROLLBACK")
+            except sqlite3.Error:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+            finally:
+                scope.connection = None
+                self._give(db)
+        elif db.in_transaction:
+            if not keep:
+                db.execute("ROLLBACK TO request")
+            db.execute("RELEASE request")
+            self._group_changes += scope.changes if keep else []
+        else:  # SQLite rolled the whole group back
+            self._group_fault = Problem(507, "there is no room on the disk")
+
+    def _announce(self, changes: list[Item]) -> None:
+        if self.on_change:
+            for change in changes:
+                self.on_change(change)
+
+    # Writes that are committed together (the Server's turn)
+
+    def open_group(self) -> None:
+        """From now on this thread's transactions are parts of a group."""
+        self._group = self._connect()
+        self._group.execute("PRAGMA busy_timeout = 0")
+        self._group_thread = threading.get_ident()
+
+    def begin_group(self, wait: bool = False) -> bool:
+        """Begin one; False where another program holds the lock. `wait` waits 5 s."""
+        assert self._group is not None
+        self._group_fault, self._group_changes = None, []
+        if self.read_only:
+            return True
+        try:
+            if wait:
+                self._group.execute("PRAGMA busy_timeout = 5000")
+            self._group.execute("BEGIN IMMEDIATE")
+            self._write_touched(self._group)
+        except sqlite3.Error as fault:
+            problem = database_problem(fault)
+            if not wait and problem.status == 503:
+                return False
+            self._group_fault = problem
+        finally:
+            if wait:
+                self._group.execute("PRAGMA busy_timeout = 0")
+        return True
+
+    def commit_group(self) -> None:
+        """Commit what the group wrote; raises Problem where none of it is kept."""
+        db = self._group
+        assert db is not None
+        try:
+            if self._group_fault:
+                raise self._group_fault
+            if db.in_transaction:
+                db.execute("COMMIT")
+        except sqlite3.Error as fault:
+            raise database_problem(fault) from fault
+        finally:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+
+    def announce_group(self) -> None:
+        """Tell `on_change` of what the last group kept."""
+        changes, self._group_changes = self._group_changes, []
+        self._announce(changes)
+
+    def close_group(self) -> None:
+        """Checkpoint, so that the file alone is whole, and close."""
+        if self._group:
+            with contextlib.suppress(sqlite3.Error):
+                self._group.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._group.close()
+        self._group, self._group_thread = None, 0
+        self.close()
+
+    # Reading users
+
+    def show_user(self, id: int, members: tuple[str, ...]) -> tuple[str, int] | None:
+        """A user as JSON text, and its version; None where there is none."""
+        found = self.rows(show_sql(members), (id,))
+        return found[0] if found else None
+
+    def get_user(self, id: int, view: str = "v2") -> Item:
+        """A user as a dict. Raises Problem 404."""
+        shown = self.show_user(id, VIEWS[view])
+        if shown is None:
+            raise no_user(id)
+        return dict(json.loads(shown[0]))
+
+    def get_version(self, id: int) -> int:
+        """A user's version, its ETag. Raises Problem 404."""
+        found = self.rows("SELECT version FROM users WHERE user_id = ?", (id,))
+        if not found:
+            raise no_user(id)
+        return int(found[0][0])
+
+    def pages(self, select: str, query: Query) -> Iterator[Rows]:
+        """Rows of (what `select` names, sort key, id) in lists of at most PAGE_ROWS."""
+        key = SORTS[query.sort.lstrip("-")]
+        more, down = ("<", " DESC") if query.sort[0] == "-" else (">", "")
+        where, values = query.where()
+        order = f"{key}{down}" if key == "user_id" else f"{key}{down}, user_id{down}"
+        place = "user_id" if key == "user_id" else f"({key}, user_id)"
+        marks = "?" if key == "user_id" else "(?, ?)"
+        after, left = query.after, query.limit
+        while left is None or left > 0:
+            size = PAGE_ROWS if left is None else min(left, PAGE_ROWS)
+            beyond, at = "", tuple[Any, ...]()
+            if after is not None:
+                beyond = f" AND {place} {more} {marks}"
+                at = after[1:] if key == "user_id" else after
+            rows = self.rows(
+                f"SELECT {select}, {key}, user_id FROM users WHERE {where}{beyond}"
+                f" ORDER BY {order} LIMIT {size}",
+                [*values, *at],
+            )
+            yield rows
+            if len(rows) < size:
+                return
+            after = rows[-1][-2:]
+            left = None if left is None else left - size
+
+    def find_users(self, view: str = "v2", **query: Any) -> Iterator[Item]:
+        """Users as dicts; keywords are those of Query: q, name, mail, ids, sort, …"""
+        for page in self.pages(view_sql(VIEWS[view]), Query(**query)):
+            for row in page:
+                yield json.loads(row[0])
+
+    def count_users(self, query: Query | None = None) -> int:
+        """How many users there are, or the query's filters find."""
+        where, values = (query or Query()).where()
+        return int(self.rows(f"SELECT count(*) FROM users WHERE {where}", values)[0][0])
+
+    # Writing users
+
+    def create_users(
+        self, items: Iterable[Item], view: str = "v2", actor: str | None = None
+    ) -> list[Item]:
+        """Create all of the items or none; the users as they are now.
+
+        Raises Problem 422 with every invalid member, or 409 where an id is taken.
+        """
+        return self._save(items, "create", view, actor)
+
+    def replace_users(
+        self, items: Iterable[Item], view: str = "v2", actor: str | None = None
+    ) -> list[Item]:
+        """Replace the users that the items name by `id`; else as create_users (404)."""
+        return self._save(items, "replace", view, actor)
+
+    def merge_users(
+        self, items: Iterable[Item], view: str = "v2", actor: str | None = None
+    ) -> list[Item]:
+        """Merge the items into the users that they name (RFC 7396)."""
+        return self._save(items, "merge", view, actor)
+
+    def _save(
+        self, items: Iterable[Item], how: str, view: str, actor: str | None
+    ) -> list[Item]:
+        places = ((Place(f"#/items/{n}"), item) for n, item in enumerate(items))
+        with self.transaction(actor):
+            saved = self.save_users(places, how, VIEWS[view])
+            return [self.get_user(id, view) for id in saved.created + saved.replaced]
+
+    def save_users(
+        self,
+        entries: Iterable[tuple[Place, Any]],
+        how: str,
+        members: Sequence[str],
+        *,
+        id: int | None = None,
+        check: Callable[[int], None] | None = None,
+        conflict: str = "fail",
+        times: bool = False,
+        most: int = MAX_ID,
+    ) -> Saved:
+        """Create, replace or merge (`how`) all of the entries, or none of them.
+
+        `id` is the URI's, `check` is called with the version of each user before it
+        is changed (If-Match), `conflict` says what to do with a taken id, `times`
+        keeps created and updated of new users, `most` bounds the faults told.
+        """
+        rule: int | str = "optional" if how == "create" else "required"
+        saved, faults, seen = (
+            Saved(*(array.array("q") for _ in range(3))),
+            Faults(most),
+            Seen(),
+        )
+        checker = Checker(USER, members, faults, how == "merge", times)
+        with self.transaction():
+            for batch in batches(entries, 1000):
+                checked = []
+                for place, item in batch:
+                    value = checker.check(place, item, rule if id is None else id)
+                    if not seen.add(value.get("id")):
+                        faults.add(place.fault("id", "stands twice"))
+                    checked.append((place, value))
+                self._save_batch(checked, how, check, conflict, faults, saved)
+            faults.raise_worst()
+        return saved
+
+    def _save_batch(
+        self,
+        checked: list[tuple[Place, Item]],
+        how: str,
+        check: Callable[[int], None] | None,
+        conflict: str,
+        faults: Faults,
+        saved: Saved,
+    ) -> None:
+        """Write a batch of items that were checked, if all has been well so far."""
+        new, changed = self._sort_batch(checked, how, conflict, faults, saved)
+        if check and not faults.total:
+            for _, row, _ in changed:
+                check(row["version"])
+        if self.unique_mail:
+            self._refuse_taken_mail(new, changed, conflict == "skip", faults, saved)
+        if not faults.total:
+            saved.created.extend(self._insert([item for _, item in new]))
+            for _, row, item in changed:
+                self._update(row, item)
+                saved.replaced.append(row["id"])
+
+    def _sort_batch(
+        self,
+        checked: list[tuple[Place, Item]],
+        how: str,
+        conflict: str,
+        faults: Faults,
+        saved: Saved,
+    ) -> tuple[list[tuple[Place, Item]], list[tuple[Place, Item, Item]]]:
+        """The items that are new, and those that change a row, with that row."""
+        new: list[tuple[Place, Item]] = []
+        changed: list[tuple[Place, Item, Item]] = []
+        there = self._rows_by_id([item["id"] for _, item in checked if "id" in item])
+        for place, item in checked:
+            row = there.get(item.get("id", 0))
+            if row is None and how == "create":
+                new.append((place, item))
+            elif row is None and "id" in item:
+                faults.add(place.fault("id", "is nobody's"), 404)
+            elif row is None:
+                continue  # told as a missing id already
+            elif how == "create" and conflict == "fail":
+                faults.add(place.fault("id", "is taken"), 409)
+            elif how == "create" and conflict == "skip":
+                saved.skipped.append(item["id"])
+            else:
+                changed.append((place, row, item))
+        return new, changed
+
+    def _rows_by_id(self, ids: Sequence[int]) -> dict[int, Item]:
+        """The users of these ids as they are stored, read by the coming write."""
+        self._writer()
+        if not ids:
+            return {}
+        marks = ", ".join("?" * len(ids))
+        rows = self.rows(f"{STORED_SQL} WHERE user_id IN ({marks})", ids)
+        return {row[0]: dict(zip(STORED, row)) for row in rows}
+
+    def _refuse_taken_mail(
+        self,
+        new: list[tuple[Place, Item]],
+        changed: list[tuple[Place, Item, Item]],
+        skip: bool,
+        faults: Faults,
+        saved: Saved,
+    ) -> None:
+        """Under `unique_mail`: 409 for each address that another user has or gets.
+
+        The addresses of the users that are written are free for one another, so that
+        two may swap theirs.
+        """
+        db, taken = self._writer(), set()
+        moving = [(row["id"],) for _, row, item in changed if "mail" in item]
+        db.executemany("UPDATE users SET mail_fold = '' WHERE user_id = ?", moving)
+        written = new + [(place, item) for place, _, item in changed]
+        for place, item in written:
+            mail = fold(item.get("mail", ""))
+            sql = "SELECT 1 FROM users WHERE mail_fold = ?"
+            if mail and (mail in taken or db.execute(sql, (mail,)).fetchone()):
+                if skip:
+                    new.remove((place, item))
+                    saved.skipped.append(0)
+                else:
+                    faults.add(place.fault("mail", "is taken"), 409)
+            taken.add(mail)
+
+    def _insert(self, new: list[Item]) -> list[int]:
+        """Insert users; their ids. Raises Problem 409 where no id is left."""
+        if not new:
+            return []
+        db, now = self._writer(), self._now()
+        ((highest, seq),) = db.execute(f"SELECT {_HIGHEST}, {_LAST_SEQ}")
+        count = max([highest, *(item["id"] for item in new if "id" in item)])
+        rows = []
+        for item in new:
+            count += "id" not in item
+            id = item.setdefault("id", count)
+            # an id that may have been used before must not repeat an ETag
+            version = 1 if id > highest else seq + 2
+            stamps = [version, item.get("created", now), item.get("updated", now)]
+            lasts = [number_rows(item.get(name, ()), 0) for name in SHAPES]
+            columns = [item.get(field.name, "") for field in USER.columns]
+            folds = [fold(item["name"]), fold(item["mail"])]
+            rows.append([id, *stamps, *lasts, *columns, *folds])
+        if count > MAX_ID:
+            raise Problem(409, "there is no id left")
+        db.executemany(INSERT_SQL, rows)
+        for item in new:
+            for shape in SHAPES.values():
+                self._put_rows(shape, item["id"], item.get(shape.name, ()), 1)
+        self._log(
+            "create",
+            [(item["id"], tuple(n for n in LOGGED if n in item)) for item in new],
+        )
+        return [item["id"] for item in new]
+
+    def _update(self, row: Item, item: Item) -> int:
+        """Write what the item holds into the user of the row; its new version."""
+        sets: Item = {}
+        fields = []
+        for field in USER.columns:
+            if field.name in item:
+                sets[field.column] = item[field.name]
+                if row[field.name] != item[field.name]:
+                    fields.append(field.name)
+        for name in ("name", "mail"):
+            if name in item:
+                sets[f"{name}_fold"] = fold(item[name])
+        lists = [shape for shape in SHAPES.values() if shape.name in item]
+        for shape in lists:
+            last = f"last_{shape.name}"
+            sets[last] = number_rows(item[shape.name], row[last])
+            if list(self._load_rows(shape, row["id"]).values()) != item[shape.name]:
+                fields.append(shape.name)
+        version = self._raise_version(row, sets, tuple(fields))
+        for shape in lists:
+            self._drop_rows(shape, row["id"])
+            self._put_rows(shape, row["id"], item[shape.name], version)
+        return version
+
+    def _raise_version(self, row: Item, sets: Item, fields: tuple[str, ...]) -> int:
+        """Update a user, if it still has the row's version, and log it."""
+        columns = "".join(f"{column} = ?, " for column in sets)
+        sql = (
+            f"UPDATE users SET {columns}version = version + 1, updated = ?"
+            " WHERE user_id = ? AND version = ?"
+        )
+        values = [*sets.values(), self._now(), row["id"], row["version"]]
+        if self._writer().execute(sql, values).rowcount != 1:
+            raise Problem(412, "someone was faster; read the user again")
+        self._log("update", [(row["id"], fields)])
+        return int(row["version"]) + 1
+
+    def delete_users(
+        self,
+        ids: Sequence[int],
+        check: Callable[[int], None] | None = None,
+        actor: str | None = None,
+    ) -> None:
+        """Delete these users with all that is below them, or none: Problem 404."""
+        with self.transaction(actor):
+            there = self._rows_by_id(ids)
+            missing = [id for id in ids if id not in there]
+            if missing:
+                raise nothing_there("user", missing)
+            for id in ids:
+                if check:
+                    check(there[id]["version"])
+                self._log("delete", [(id, ())])
+                self._writer().execute("DELETE FROM users WHERE user_id = ?", (id,))
+
+    def _now(self) -> str:
+        assert self._scope.transaction is not None
+        return self._scope.transaction.now
+
+    def _log(self, op: str, users: list[tuple[int, tuple[str, ...]]]) -> None:
+        """Leave a row in the log of changes for each user, and bound the log."""
+        scope, db = self._scope.transaction, self._writer()
+        assert scope is not None
+        rows = [
+            (scope.now, scope.actor, op, user, to_json(fields).decode())
+            for user, fields in users
+        ]
+        db.executemany(
+            "INSERT INTO changes (at, actor, op, user, fields) VALUES (?, ?, ?, ?, ?)",
+            rows,
+        )
+        db.execute(TRIM_SQL, (self.keep_changes,))
+        if self.on_change:
+            ((last,),) = db.execute(f"SELECT {_LAST_SEQ}")
+            first = last - len(users) + 1
+            for seq, (user, fields) in enumerate(users, first):
+                change = {"seq": seq, "at": scope.now, "actor": scope.actor, "op": op}
+                scope.changes.append({**change, "user": user, "fields": list(fields)})
+
+    # Phones and addresses
+
+    def show_rows(self, user: int, shape: Shape) -> tuple[str, int]:
+        """A user's phones or addresses as a JSON list, and the user's version."""
+        sql = f"SELECT {member_sql(FIELDS['user'][shape.name])}, version FROM users"
+        found = self.rows(f"{sql} WHERE user_id = ?", (user,))
+        if not found:
+            raise no_user(user)
+        return found[0][0], found[0][1]
+
+    def _load_rows(self, shape: Shape, user: int) -> dict[int, Item]:
+        sql = (
+            f"SELECT {', '.join(shape.names)} FROM user_{shape.name} WHERE user_id = ?"
+        )
+        found = self.rows(f"{sql} ORDER BY id", (user,))
+        return {row[0]: dict(zip(shape.names, row)) for row in found}
+
+    def _put_rows(
+        self, shape: Shape, user: int, rows: Iterable[Item], stamp: int
+    ) -> None:
+        names = shape.names
+        sql = (
+            f"INSERT OR REPLACE INTO user_{shape.name} (user_id, stamp,"
+            f" {', '.join(names)}) VALUES (?, ?{', ?' * len(names)})"
+        )
+        values = [[user, stamp, *(row.get(name, "") for name in names)] for row in rows]
+        if values:
+            self._writer().executemany(sql, values)
+
+    def _drop_rows(self, shape: Shape, user: int, number: int | None = None) -> None:
+        """Delete one of a user's rows, or all; `stamp` tells the trigger it is us."""
+        where = "user_id = ?" if number is None else "user_id = ? AND id = ?"
+        values = (user,) if number is None else (user, number)
+        table, db = f"user_{shape.name}", self._writer()
+        db.execute(f"UPDATE {table} SET stamp = -1 WHERE {where}", values)
+        db.execute(f"DELETE FROM {table} WHERE {where}", values)
+
+    def save_rows(
+        self,
+        user: int,
+        shape: Shape,
+        entries: Sequence[tuple[Place, Any]],
+        how: str,
+        number: int | None = None,
+        check: Callable[[int], None] | None = None,
+    ) -> tuple[list[int], int]:
+        """Create, replace or merge (`how`) rows below a user, all of them or none.
+
+        `number` is the URI's. Gives their numbers and the user's new version.
+        """
+        rule: int | str = "optional" if how == "create" else "required"
+        faults, seen = Faults(), Seen()
+        checker = Checker(shape, shape.names, faults)
+        with self.transaction():
+            row = self._user_row(user, check)
+            there = self._load_rows(shape, user)
+            rows = []
+            for place, item in entries:
+                if how == "merge":
+                    item = merged_row(there, item, number)
+                value = checker.check(place, item, rule if number is None else number)
+                found = value.get("id")
+                if not seen.add(found):
+                    faults.add(place.fault("id", "stands twice"))
+                elif how == "create" and found in there:
+                    faults.add(place.fault("id", "is taken"), 409)
+                elif how != "create" and found and found not in there:
+                    faults.add(place.fault("id", "does not exist"), 404)
+                rows.append(value)
+            faults.raise_worst()
+            last = f"last_{shape.name}"
+            sets = {last: number_rows(rows, row[last])}
+            version = self._raise_version(row, sets, (shape.name,))
+            self._put_rows(shape, user, rows, version)
+        return [value["id"] for value in rows], version
+
+    def delete_rows(
+        self,
+        user: int,
+        shape: Shape,
+        numbers: Sequence[int],
+        check: Callable[[int], None] | None = None,
+    ) -> None:
+        """Delete these rows below a user, or none of them: Problem 404."""
+        with self.transaction():
+            row = self._user_row(user, check)
+            there = self._load_rows(shape, user)
+            missing = [number for number in numbers if number not in there]
+            if missing:
+                raise nothing_there(shape.name, missing)
+            self._raise_version(row, {}, (shape.name,))
+            for number in numbers:
+                self._drop_rows(shape, user, number)
+
+    def _user_row(self, user: int, check: Callable[[int], None] | None) -> Item:
+        row = self._rows_by_id([user]).get(user)
+        if row is None:
+            raise no_user(user)
+        if check:
+            check(row["version"])
+        return row
+
+    # The log, retries, tokens
+
+    def changes(self, since: int | None, limit: int) -> list[tuple[str, int]]:
+        """Rows of the log after `since` as JSON text, with their seq.
+
+        Raises Problem 410 where rows after `since` are no longer there.
+        """
+        ((oldest,),) = self.rows("SELECT coalesce(min(seq), 1) FROM changes")
+        if since is not None and since < oldest - 1:
+            detail = f"the log of changes begins at {oldest}"
+            raise Problem(410, detail, oldest=oldest)
+        sql = (
+            f"SELECT {CHANGE_SQL}, seq FROM changes WHERE seq > ? ORDER BY seq LIMIT ?"
+        )
+        return self.rows(sql, (since or 0, limit))
+
+    def last_seq(self) -> int:
+        """The seq of the newest change; 0 where there is none yet."""
+        return int(self.rows(f"SELECT {_LAST_SEQ}")[0][0])
+
+    def find_retry(self, key: bytes) -> tuple[bytes, int, str, bytes] | None:
+        """What was answered to an Idempotency-Key within the last day."""
+        self._writer()
+        found = self.rows(
+            "SELECT digest, status, headers, body FROM retries"
+            " WHERE key = ? AND at > ?",
+            (key, int(time.time()) - DAY),
+        )
+        return found[0] if found else None
+
+    def keep_retry(
+        self, key: bytes, digest: bytes, status: int, headers: Headers, body: bytes
+    ) -> None:
+        """Keep an answer for a day, among the last 100,000, with what it answers."""
+        db, now = self._writer(), int(time.time())
+        row = (key, now, digest, status, json.dumps(headers), body)
+        id = db.execute(
+            "INSERT OR REPLACE INTO retries (key, at, digest, status, headers, body)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            row,
+        ).lastrowid
+        db.execute("DELETE FROM retries WHERE at < ?", (now - DAY,))
+        db.execute("DELETE FROM retries WHERE id <= ?", ((id or 0) - 100_000,))
+
+    def has_tokens(self) -> bool:
+        """Whether any named token is in the database."""
+        return bool(self.rows("SELECT 1 FROM tokens LIMIT 1"))
+
+    def find_token(self, digest: bytes) -> tuple[str, str, str] | None:
+        """Name, role and day of last use of the token with this SHA-256."""
+        sql = "SELECT name, role, used FROM tokens WHERE digest = ?"
+        found = self.rows(sql, (digest,))
+        return found[0] if found else None
+
+    def touch_token(self, name: str, day: str) -> None:
+        """Note the day of a token's last use; in a server's thread a moment later."""
+        self._touched[name] = day
+        if self._group_thread != threading.get_ident() and not self.read_only:
+            with contextlib.suppress(Problem), self.transaction():
+                self._write_touched(self._writer())
+
+    def _write_touched(self, db: sqlite3.Connection) -> None:
+        while self._touched:
+            db.execute(
+                "UPDATE tokens SET used = ? WHERE name = ?",
+                self._touched.popitem()[::-1],
+            )
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to write with the next group."""
+        return bool(self._touched)
+
+    def add_token(self, name: str, role: str) -> str:
+        """Make a token of 256 random bits; only its SHA-256 is stored. Problem 409."""
+        import secrets
+
+        token = secrets.token_urlsafe(32)
+        with self.transaction():
+            db = self._writer()
+            if db.execute("SELECT 1 FROM tokens WHERE name = ?", (name,)).fetchone():
+                raise Problem(409, f"there is a token {name} already")
+            db.execute(
+                "INSERT INTO tokens (name, digest, role, created) VALUES (?, ?, ?, ?)",
+                (name, hashlib.sha256(token.encode()).digest(), role, self._now()),
+            )
+        return token
+
+    def tokens(self) -> list[tuple[str, str, str, str]]:
+        """Name, role, created and day of last use of each named token."""
+        sql = "SELECT name, role, created, used FROM tokens ORDER BY name"
+        return self.rows(sql)
+
+    def revoke_token(self, name: str) -> None:
+        """Take a token back, in force at once in every process. Problem 404."""
+        with self.transaction():
+            sql = "DELETE FROM tokens WHERE name = ?"
+            if self._writer().execute(sql, (name,)).rowcount != 1:
+                raise Problem(404, f"there is no token {name}")
+
+    # Keeping
+
+    def check(self) -> list[str]:
+        """What is not whole in the database; an empty list where all is well."""
+        found = [row[0] for row in self.rows("PRAGMA integrity_check(20)")]
+        for name in SHAPES:
+            sql = f"SELECT count(*) FROM user_{name} WHERE user_id NOT IN"
+            ((orphans,),) = self.rows(f"{sql} (SELECT user_id FROM users)")
+            if orphans:
+                found.append(f"{orphans} rows of user_{name} have no user")
+        return [fault for fault in found if fault != "ok"]
+
+    def backup(self, path: str, progress: Callable[[int, int], None]) -> None:
+        """A consistent copy under `path`, whole or not at all, while others write."""
+        for beside in ("-wal", "-journal"):
+            if os.path.exists(path + beside):
+                raise Problem(409, f"a {beside} file stands beside the backup's name")
+        part = f"{path}.{os.getpid()}.part"
+        source = self._take()
+        try:
+            with contextlib.closing(sqlite3.connect(part)) as target:
+                source.backup(
+                    target,
+                    pages=1000,
+                    progress=lambda _, left, total: progress(total - left, total),
+                    sleep=0.01,
+                )
+                target.execute("PRAGMA journal_mode = DELETE")
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except sqlite3.Error as fault:
+            raise database_problem(fault) from fault
+        except OSError as fault:
+            raise Problem(507, f"the backup failed: {reason(fault)}") from None
+        finally:
+            self._give(source)
+            with contextlib.suppress(OSError):
+                os.remove(part)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the database and its write-ahead log."""
+        sizes = {}
+        for name, end in (("database", ""), ("wal", "-wal")):
+            with contextlib.suppress(OSError):
+                sizes[name] = os.path.getsize(self.path + end)
+        return sizes
+
+
+DAY = 24 * 60 * 60
+TABLES_SQL = (
+    "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+)
+TRIM_SQL = "DELETE FROM changes WHERE seq <= (SELECT max(seq) FROM changes) - ?"
+LASTS = tuple(f"last_{name}" for name in SHAPES)
+LOGGED = tuple(f.name for f in USER.fields if f.name != "id" and not f.read_only)
+#: what a write reads of a user first, and the statement that reads it
+STORED = ("id", "version", *LASTS, *(field.name for field in USER.columns))
+STORED_SQL = (
+    f"SELECT user_id, version, {', '.join(LASTS)},"
+    f" {', '.join(field.column for field in USER.columns)} FROM users"
+)
+INSERTED = ("user_id", "version", "created", "updated", *LASTS)
+INSERTED += (*(field.column for field in USER.columns), "name_fold", "mail_fold")
+INSERT_SQL = (
+    f"INSERT INTO users ({', '.join(INSERTED)}) VALUES (?{', ?' * (len(INSERTED) - 1)})"
+)
+CHANGE_SQL = object_sql(
+    [
+        ("seq", "seq"),
+        *((name, text_sql(name)) for name in ("at", "actor", "op")),
+        ("user", "user"),
+        ("fields", "fields"),
+    ]
+)
+
+
+class Seen:
+    """The ids that stood before; a bit each, so that a million take little memory."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, int] = {}
+
+    def add(self, id: int | None) -> bool:
+        """Whether the id is new (None always is)."""
+        if id is None:
+            return True
+        bit, before = 1 << (id & 1023), self.blocks.get(id >> 10, 0)
+        self.blocks[id >> 10] = before | bit
+        return not before & bit
+
+
+def batches(entries: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    entries = iter(entries)
+    while batch := list(itertools.islice(entries, size)):
+        yield batch
+
+
+def number_rows(rows: Iterable[Item], last: int) -> int:
+    """Give each row that has none the next number; the last number given out."""
+    last = max([last, *(row["id"] for row in rows if "id" in row)])
+    for row in rows:
+        if "id" not in row:
+            last = row["id"] = last + 1
+    if last > MAX_ID:
+        raise Problem(409, "there is no number left")
+    return last
+
+
+def merged_row(there: dict[int, Item], item: Any, number: int | None) -> Any:
+    """The row that an item names, with the item merged into it (RFC 7396)."""
+    if not isinstance(item, dict):
+        return item
+    target = number or item.get("id")
+    if not isinstance(target, (int, float)) or target not in there:
+        return item
+    merged = {**there[int(target)], **item}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+def no_user(id: int) -> Problem:
+    return Problem(404, f"there is no user {id}")
+
+
+def nothing_there(kind: str, ids: Sequence[int]) -> Problem:
+    """The problem that none of these ids exists."""
+    told = [f"there is no {kind} {id}" for id in ids]
+    errors = [{"parameter": "id", "detail": detail} for detail in told]
+    return Problem(404, ", ".join(told[:3]), errors if len(ids) > 1 else ())
+
+
+# ── Operations ────────────────────────────────────────────────────────────────────
+
+JSON, NDJSON, CSV = "application/json", "application/x-ndjson", "text/csv"
+MERGE, EVENTS, HTML = "application/merge-patch+json", "text/event-stream", "text/html"
+PROMETHEUS = "text/plain; version=0.0.4"
+ALL = (JSON, CSV, NDJSON)
+FORMATS = {"json": JSON, "csv": CSV, "ndjson": NDJSON}
+ACK = '{"code": 0, "message": "SUCCESS"'
+BOM = b"\xef\xbb\xbf"
+BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
+FORMULA = re.compile(r"'*[=+\-@\t\r]")
+MAX_CHANGES = 100_000  # rows of the log in an answer without limit
+HEARTBEAT = 15  # seconds of silence after which an event stream says that it lives
+
+
+class Answer(NamedTuple):
+    """What an operation answers; an iterator as body is streamed."""
+
+    body: bytes | Iterator[bytes]
+    headers: Headers = []
+    media: str = JSON
+    status: int = 200
+
+
+class Param(NamedTuple):
+    """A query parameter: its name, JSON Schema, purpose, and how its text is read."""
+
+    name: str
+    schema: Item
+    help: str
+    read: Callable[[str], Any] = str
+
+
+def read_bool(value: str) -> bool:
+    if value not in ("true", "false", "1", "0"):
+        raise ValueError("is true or false")
+    return value in ("true", "1")
+
+
+def read_number(least: int, most: int) -> Callable[[str], int]:
+    def read(value: str) -> int:
+        if not re.fullmatch("[0-9]{1,16}", value) or not least <= int(value) <= most:
+            raise ValueError(f"is a whole number from {least} to {most}")
+        return int(value)
+
+    return read
+
+
+def read_ids(value: str) -> list[int]:
+    read = read_number(1, MAX_ID)
+    try:
+        return list(dict.fromkeys(read(part) for part in value.split(",")))
+    except ValueError:
+        raise ValueError("is a list of ids, by commas") from None
+
+
+def read_choice(*choices: str) -> Callable[[str], str]:
+    def read(value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"is one of {', '.join(choices)}")
+        return value
+
+    return read
+
+
+def read_cursor(value: str) -> tuple[str, Any, int]:
+    """The (sort, key, id) that a cursor out of `next` holds."""
+    try:
+        padded = value + "=" * (-len(value) % 4)
+        cursor = json.loads(base64.b64decode(padded, b"-_", validate=True))
+        sort, key, id = cursor
+        whole = isinstance(id, int) and abs(id) < 2**63 and sort.lstrip("-") in SORTS
+        if not whole or not isinstance(key, int if sort.endswith("id") else str):
+            raise ValueError
+        to_json(key)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise ValueError("is no cursor out of next") from None
+    return sort, key, id
+
+
+def write_cursor(sort: str, key: Any, id: int) -> str:
+    return base64.urlsafe_b64encode(to_json([sort, key, id])).decode().rstrip("=")
+
+
+SORT_NAMES = [*SORTS, *(f"-{name}" for name in SORTS)]
+BOOL, ID_LIST = {"type": "boolean"}, {"type": "array", "items": ID, "minItems": 1}
+PARAMS = {
+    param.name: param
+    for param in (
+        Param(
+            "limit",
+            {"type": "integer", "minimum": 1, "maximum": 1000},
+            "At most so many; the answer has `next`.",
+            read_number(1, 1000),
+        ),
+        Param("after", {"type": "string"}, "The cursor out of `next`.", read_cursor),
+        Param("count", BOOL, "Add `total`, the number of all that match.", read_bool),
+        Param("q", {"type": "string"}, "Part of a name or mail, ignoring case."),
+        Param("name", {"type": "string"}, "Exactly this name."),
+        Param("mail", {"type": "string"}, "This mail address, ignoring case."),
+        Param("id", ID_LIST, "These ids, by commas.", read_ids),
+        Param(
+            "sort",
+            {"type": "string", "enum": SORT_NAMES},
+            "The order; a leading - turns it round.",
+            read_choice(*SORT_NAMES),
+        ),
+        Param("fields", {"type": "array"}, "Only these members, by commas."),
+        Param(
+            "format",
+            {"type": "string", "enum": list(FORMATS)},
+            "The format; beats Accept.",
+            read_choice(*FORMATS),
+        ),
+        Param(
+            "conflict",
+            {"type": "string", "enum": ["fail", "skip", "replace"], "default": "fail"},
+            "What an import does with an id that is taken.",
+            read_choice("fail", "skip", "replace"),
+        ),
+        Param("dry_run", BOOL, "Do everything but keep it.", read_bool),
+        Param(
+            "since",
+            {"type": "integer", "minimum": 0, "maximum": MAX_ID},
+            "Only changes after this seq.",
+            read_number(0, MAX_ID),
+        ),
+    )
+}
+FIND = (
+    "q",
+    "name",
+    "mail",
+    "id",
+    "sort",
+    "limit",
+    "after",
+    "count",
+    "fields",
+    "format",
+)
+
+
+class Operation(NamedTuple):
+    """An operation's description, by which it runs and out of which it is documented.
+
+    `takes` are the media types of its body, `answers` those it answers with; `problems`
+    are statuses of its own, beside those that follow from the rest; `shape` is what it
+    is about; `bulk` says that it may be about many.
+    """
+
+    name: str
+    method: str
+    path: str
+    run: Callable[[Call], Answer]
+    summary: str
+    params: tuple[str, ...]
+    takes: tuple[str, ...]
+    answers: tuple[str, ...]
+    status: int
+    problems: tuple[int, ...]
+    shape: str
+    bulk: bool
+
+    @property
+    def writes(self) -> bool:
+        return self.method not in SAFE
+
+
+SAFE = ("GET", "HEAD", "OPTIONS")
+OPERATIONS: list[Operation] = []
+Handler = Callable[["Call"], Answer]
+
+
+def operation(
+    method: str,
+    path: str,
+    *,
+    params: tuple[str, ...] = (),
+    takes: tuple[str, ...] = (),
+    answers: tuple[str, ...] = (JSON,),
+    status: int = 200,
+    problems: tuple[int, ...] = (),
+    bulk: bool = False,
+    name: str = "",
+) -> Callable[[Handler], Handler]:
+    """Describe the handler below as an operation; `{rows}` is each of SHAPES."""
+
+    def register(handler: Handler) -> Handler:
+        summary = " ".join((handler.__doc__ or "").split())
+        for shape in SHAPES.values() if "{rows}" in path else (USER,):
+            called = name or handler.__name__.replace("rows", shape.plural)
+            called = called.replace("row", shape.name)
+            told = summary.replace("{rows}", shape.title)
+            where = path.replace("{rows}", shape.name)
+            more = ("dry_run",) if method not in SAFE else ()
+            OPERATIONS.append(
+                Operation(
+                    called, method, where, handler, told, (*params, *more), takes,
+                    answers, status, problems, shape.name, bulk,
+                )
+            )  # fmt: skip
+        return handler
+
+    return register
+
+
+class Call:
+    """One request on its way through an operation."""
+
+    __slots__ = (
+        "actor", "app", "args", "base", "body", "environ", "media", "members",
+        "method", "operation", "params", "prefix", "role", "store", "takes", "view",
+    )  # fmt: skip
+
+    base: str
+    view: str
+    members: tuple[str, ...]
+    args: dict[str, int]
+
+    def __init__(self, app: UserAPI, environ: Environ) -> None:
+        self.app, self.store, self.environ = app, app.store, environ
+        self.method: str = environ["REQUEST_METHOD"]
+        self.actor: str | None = None
+        self.role = "admin"
+        self.params: Item = {}
+        self.prefix = quote(environ.get("SCRIPT_NAME", ""))
+        self.media = self.takes = JSON
+        self.operation: Operation | None = None
+        self.body = b""
+
+    @property
+    def shape(self) -> Shape:
+        assert self.operation is not None
+        return SHAPES[self.operation.shape]
+
+    def query(self) -> list[tuple[str, str]]:
+        """The pairs of the query string. Raises Problem 400."""
+        source = self.environ.get("QUERY_STRING", "")
+        try:
+            if BAD_ESCAPE.search(source):
+                raise ValueError
+            source.encode("ascii")
+            return parse_qsl(source, True, encoding="utf-8", errors="strict")
+        except ValueError:
+            raise Problem(400, "the query is not percent-encoded UTF-8") from None
+
+    def header(self, name: str) -> str | None:
+        return self.environ.get(f"HTTP_{name}")
+
+    def uri(self, path: str) -> str:
+        """A path below this call's API version, as the client reaches it."""
+        return f"{self.prefix}{self.base}{path}"
+
+    def fields(self, allowed: Sequence[str]) -> tuple[str, ...]:
+        """The members to show: all that are allowed, or those of `fields`."""
+        wanted = self.params.get("fields")
+        if wanted is None:
+            return tuple(allowed)
+        names = wanted.split(",")
+        wrong = [name for name in names if name not in allowed]
+        if wrong:
+            detail = f"takes {', '.join(allowed)}"
+            raise bad_query([{"parameter": "fields", "detail": detail}])
+        return tuple(name for name in allowed if name in names)
+
+    def check_version(self, version: int) -> None:
+        """The preconditions of a write of one user (RFC 9110 §13). Problem 412."""
+        match, none = self.header("IF_MATCH"), self.header("IF_NONE_MATCH")
+        if match is not None and not has_tag(match, f'"{version}"', weak=False):
+            raise Problem(412, "someone was faster; read the user again")
+        if none is not None and has_tag(none, f'"{version}"', weak=True):
+            raise Problem(412, "the user is there, and in this version")
+
+    def require_match(self) -> None:
+        if self.app.settings.require_if_match and self.header("IF_MATCH") is None:
+            raise Problem(428, "say with If-Match which version you change")
+
+    def refuse_match(self) -> None:
+        """A write of many has no one version to compare with."""
+        if self.header("IF_MATCH") not in (None, "*"):
+            raise bad_header("If-Match", "goes with a write of one user")
+
+    def tagged(self, body: bytes | Iterator[bytes], tag: str) -> Answer:
+        """A conditional answer to a GET: 304 where the client has it already."""
+        none, headers = self.header("IF_NONE_MATCH"), [("ETag", tag)]
+        if none is not None and has_tag(none, tag, weak=True):
+            return Answer(b"", headers, status=304)
+        match = self.header("IF_MATCH")
+        if match is not None and not has_tag(match, tag, weak=False):
+            raise Problem(412, "it is in another version now")
+        return Answer(body, headers, self.media)
+
+
+def has_tag(header: str, tag: str, weak: bool) -> bool:
+    """Whether If-Match or If-None-Match names the entity tag (RFC 9110 §8.8.3)."""
+    if header.strip() == "*":
+        return True
+    tags = re.findall(r'(?:W/)?"[^"]*"', header)
+    if weak:
+        return tag.replace("W/", "") in [given.replace("W/", "") for given in tags]
+    return tag in tags
+
+
+def bad_query(errors: list[Item]) -> Problem:
+    return Problem(400, "the query is not valid", errors)
+
+
+def bad_header(name: str, detail: str) -> Problem:
+    return Problem(400, f"{name} {detail}", [{"header": name, "detail": detail}])
+
+
+# Reading bodies
+
+
+def unique_members(pairs: list[tuple[str, Any]]) -> Item:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a member stands twice")
+    return members
+
+
+def read_literal(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def read(literal: str) -> Any:
+        value = kind(literal) if sum(map(str.isdigit, literal)) <= 30 else None
+        if value in (None, float("inf"), float("-inf")):
+            raise ValueError("a number is too large or has too many digits")
+        return value
+
+    return read
+
+
+def refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+DECODER = json.JSONDecoder(
+    object_pairs_hook=unique_members,
+    parse_int=read_literal(int),
+    parse_float=read_literal(float),
+    parse_constant=refuse_constant,
+)
+BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)
+
+
+def load_json(data: bytes) -> Any:
+    """Strict JSON (RFC 8259, I-JSON): one value in UTF-8, no duplicate members, no
+    number past a double, no lone surrogates, at most 32 deep. Raises ValueError."""
+    try:
+        source = data.decode()
+        if source.count("[") + source.count("{") > 32 and depth(source) > 32:
+            raise ValueError("it is deeper than 32")
+        value = DECODER.decode(source)
+        if "\\u" in source:
+            to_json(value)
+    except UnicodeEncodeError:
+        raise ValueError("it holds a lone surrogate") from None
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    return value
+
+
+def depth(source: str) -> int:
+    """How deep the brackets outside of strings are nested."""
+    deepest = level = 0
+    for match in BRACKETS.finditer(source):
+        if match[0] in "[{":
+            level += 1
+            deepest = max(deepest, level)
+        elif match[0] in "]}":
+            level -= 1
+    return deepest
+
+
+def read_json(call: Call) -> Any:
+    try:
+        return load_json(call.body)
+    except ValueError as fault:
+        raise Problem(400, f"the body is not valid JSON: {fault}") from None
+
+
+def read_items(call: Call, one: bool = False) -> tuple[list[tuple[Place, Any]], bool]:
+    """The items of an envelope with their places, and whether it holds just `item`."""
+    envelope = read_json(call)
+    found = envelope.keys() & {"item", "items"} if isinstance(envelope, dict) else ()
+    wanted = '{"item": {...}}' if one else '{"item": {...}} or {"items": [{...}, ...]}'
+    fault = {"pointer": "#", "detail": f"is not {wanted}"}
+    if len(found) != 1 or len(envelope) != 1 or one and "item" not in found:
+        raise Problem(422, "the envelope is not valid", [fault])
+    if "item" in envelope:
+        return [(Place("#/item"), envelope["item"])], True
+    items = envelope["items"]
+    if not isinstance(items, list) or not items:
+        fault = {"pointer": "#/items", "detail": "is not a list of items"}
+        raise Problem(422, "the envelope is not valid", [fault])
+    if len(items) > call.app.settings.max_items:
+        raise too_many(call.app.settings.max_items)
+    return [(Place(f"#/items/{n}"), item) for n, item in enumerate(items)], False
+
+
+def too_many(most: int) -> Problem:
+    return Problem(413, f"{most} items are the most that a request may hold")
+
+
+def read_ndjson(file: Iterable[bytes]) -> Iterator[tuple[Place, Any]]:
+    """The items of NDJSON with their lines; a line that is no JSON is a fault."""
+    for number, line in enumerate(file, 1):
+        if number == 1:
+            line = line.removeprefix(BOM)
+        if line.strip():
+            try:
+                yield Place("#", number), load_json(line.strip(b" \t\r\n"))
+            except ValueError as fault:
+                yield Place("#", number), BadLine(f"is not valid JSON: {fault}")
+
+
+def read_csv(file: Any) -> Iterator[tuple[Place, Any]]:
+    """The items of CSV (RFC 4180) with their physical lines; the header is line 1."""
+    import csv
+
+    lines = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    reader = csv.reader(lines, strict=True)
+    header: list[str] = []
+    while True:
+        place = Place("#", reader.line_num + 1)
+        try:
+            cells = next(reader)
+        except StopIteration:
+            break
+        except UnicodeDecodeError:
+            raise Problem(400, f"line {place.line} or after: it is not UTF-8") from None
+        except csv.Error as fault:
+            yield place, BadLine(f"is not valid CSV: {fault}")
+            continue
+        if cells and not header:
+            header = cells
+            check_header(header)
+        elif cells:
+            yield place, csv_item(header, [unguard(cell) for cell in cells])
+    lines.detach()
+    if not header:
+        raise bad_header_line(["there is no header line"])
+
+
+def check_header(header: list[str]) -> None:
+    """A CSV header names known columns, each once, and the required ones."""
+    columns = {field.name: field for field in USER.fields if field.csv}
+    faults = [f"{name} is no column" for name in header if name not in columns]
+    faults += [f"{name} stands twice" for name in columns if header.count(name) > 1]
+    for name, field in columns.items():
+        if field.required and name not in header:
+            faults.append(f"{name} is missing")
+    if faults:
+        raise bad_header_line(faults)
+
+
+def bad_header_line(faults: list[str]) -> Problem:
+    errors = [Place("#", 1).fault("", fault) for fault in faults]
+    return Problem(422, "the CSV header is not valid", errors, total=len(errors))
+
+
+def csv_item(header: list[str], cells: list[str]) -> Any:
+    if len(cells) != len(header):
+        return BadLine(f"has {len(cells)} cells where the header has {len(header)}")
+    item: Item = dict(zip(header, cells))
+    if item.get("id") == "":
+        del item["id"]
+    elif re.fullmatch("[0-9]{1,16}", item.get("id", "")):
+        item["id"] = int(item["id"])
+    return item
+
+
+def unguard(cell: str) -> str:
+    """A CSV cell without the prefix that keeps a spreadsheet from running it."""
+    return cell[1:] if cell[:1] == "'" and FORMULA.match(cell) else cell
+
+
+def guard(cell: Any) -> Any:
+    """A CSV cell that no spreadsheet runs as a formula."""
+    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
+
+
+READERS = {CSV: read_csv, NDJSON: read_ndjson}
+
+
+def import_users(
+    store: Store,
+    file: Any,
+    media: str,
+    *,
+    view: str = "v2",
+    conflict: str = "fail",
+    most: int | None = None,
+    watch: Callable[[int], None] = lambda line: None,
+) -> Item:
+    """Read CSV or NDJSON into the store, all of it or nothing, in bounded memory.
+
+    `most` bounds the items (413); `watch` is told each line. Gives the numbers of
+    users created, replaced and skipped. Raises Problem 422 or 409 with the bad lines.
+    """
+
+    def entries() -> Iterator[tuple[Place, Any]]:
+        for count, entry in enumerate(READERS[media](file)):
+            if most is not None and count >= most:
+                raise too_many(most)
+            watch(entry[0].line)
+            yield entry
+
+    members = VIEWS[view] if media == NDJSON else CSV_MEMBERS
+    saved = store.save_users(
+        entries(), "create", members, conflict=conflict, times=True, most=100
+    )
+    return {name: len(ids) for name, ids in zip(Saved._fields, saved)}
+
+
+# Writing answers
+
+CSV_MEMBERS = tuple(field.name for field in USER.fields if field.csv)
+
+
+def csv_lines(rows: Iterable[Sequence[Any]]) -> bytes:
+    import csv
+
+    out = io.StringIO()
+    csv.writer(out).writerows([guard(cell) for cell in row] for row in rows)
+    return out.getvalue().encode()
+
+
+Pages = Iterable[Rows]
+
+
+def json_chunks(pages: Pages, members: Sequence[str], tail: str) -> Iterator[bytes]:
+    lead = '{"results": ['
+    for page in pages:
+        if page:
+            yield (lead + ", ".join([row[0] for row in page])).encode()
+            lead = ", "
+    yield ((lead if lead != ", " else "") + f"]{tail}}}").encode()
+
+
+def ndjson_chunks(pages: Pages, members: Sequence[str], tail: str) -> Iterator[bytes]:
+    for page in pages:
+        yield "".join([f"{row[0]}\n" for row in page]).encode()
+
+
+def csv_chunks(pages: Pages, members: Sequence[str], tail: str) -> Iterator[bytes]:
+    yield csv_lines([members])
+    for page in pages:
+        yield csv_lines(row[:-2] for row in page)
+
+
+CHUNKS = {JSON: json_chunks, NDJSON: ndjson_chunks, CSV: csv_chunks}
+
+
+def select_sql(media: str, members: tuple[str, ...]) -> str:
+    """What to select for users in this format: JSON texts, or the CSV columns."""
+    if media == CSV:
+        return ", ".join(FIELDS["user"][name].column for name in members)
+    return view_sql(members)
+
+
+def acknowledge(texts: Iterable[str]) -> str:
+    """The acknowledgement of a write with what it created or changed."""
+    return f'{ACK}, "results": [{", ".join(texts)}]}}'
+
+
+def done(**more: int) -> bytes:
+    return to_json({"code": 0, "message": "SUCCESS", **more})
+
+
+def shown(call: Call, ids: Sequence[int], status: int, one: bool) -> Answer:
+    """The acknowledgement of a write of users; of one with its ETag and Location."""
+    found = [call.store.show_user(id, call.members) or ("", 0) for id in ids]
+    headers = [("ETag", f'"{found[0][1]}"')] if one else []
+    if one and status == 201:
+        headers.append(("Location", call.uri(f"/user/{ids[0]}")))
+    body = acknowledge(text for text, _ in found)
+    return Answer(body.encode(), headers, status=status)
+
+
+# Users
+
+
+@operation("GET", "/user/0", params=FIND, answers=ALL, name="list_users_of_old")
+@operation("GET", "/user", params=FIND, answers=ALL)
+def list_users(call: Call) -> Answer:
+    """All users, or those that the parameters find; streamed if there is no limit."""
+    params = call.params
+    sort, limit, after = params.get("sort", "id"), params.get("limit"), None
+    if "after" in params:
+        if params["after"][0] != sort:
+            detail = "is a cursor of another sort"
+            raise bad_query([{"parameter": "after", "detail": detail}])
+        after = params["after"][1:]
+    members = call.fields(CSV_MEMBERS if call.media == CSV else call.members)
+    filters = (params.get(name) for name in ("q", "name", "mail", "id"))
+    query = Query(*filters, sort, after, limit)  # type: ignore[call-arg,arg-type]
+    tag, tail, headers = f'W/"{call.store.last_seq()}"', "", []
+    if params.get("count"):
+        tail = f', "total": {call.store.count_users(query)}'
+    select = select_sql(call.media, members)
+    if limit is not None:
+        page, following = read_page(call, select, query)
+        pages: Pages = [page]
+        tail += f', "next": {json.dumps(following)}'
+        if following:
+            headers = [("Link", f'<{following}>; rel="next"')]
+    else:
+        pages = call.store.pages(select, query)
+        page = next(pages)
+        pages = itertools.chain([page], pages) if len(page) == PAGE_ROWS else [page]
+    chunks = CHUNKS[call.media](pages, members, tail)
+    body = b"".join(chunks) if isinstance(pages, list) else chunks
+    if call.media != JSON or "fields" in params:
+        return Answer(body, headers, call.media)
+    answer = call.tagged(body, tag)
+    return answer._replace(headers=answer.headers + headers)
+
+
+def read_page(call: Call, select: str, query: Query) -> tuple[list[Any], str | None]:
+    """The rows of one page, and the URI of the next one."""
+    limit = query.limit or 0
+    pages = call.store.pages(select, query._replace(limit=limit + 1))
+    rows = list(itertools.chain.from_iterable(pages))
+    if len(rows) <= limit:
+        return rows, None
+    cursor = write_cursor(query.sort, *rows[limit - 1][-2:])
+    kept = [pair for pair in call.query() if pair[0] != "after"]
+    path = call.uri("/user") + "?" + urlencode([*kept, ("after", cursor)], safe=",")
+    return rows[:limit], path
+
+
+@operation(
+    "GET", "/user/<id:id>", params=("fields", "format"), answers=ALL, problems=(404,)
+)
+def get_user(call: Call) -> Answer:
+    """One user."""
+    id, members = call.args["id"], call.members
+    if call.media == CSV:
+        members = CSV_MEMBERS
+    if call.params:
+        members = call.fields(members)
+    if call.media == JSON:
+        found = call.store.show_user(id, members)
+        if found is None:
+            raise no_user(id)
+        body = f'{{"results": [{found[0]}]}}'.encode()
+        if "fields" in call.params:
+            return Answer(body)
+        return call.tagged(body, f'"{found[1]}"')
+    select = select_sql(call.media, members)
+    page = next(call.store.pages(select, Query(ids=[id])))
+    if not page:
+        raise no_user(id)
+    return Answer(b"".join(CHUNKS[call.media]([page], members, "")), [], call.media)
+
+
+@operation(
+    "POST",
+    "/user",
+    params=("conflict",),
+    takes=(JSON, CSV, NDJSON),
+    status=201,
+    problems=(409,),
+    bulk=True,
+)
+def create_user(call: Call) -> Answer:
+    """Create a user, or many; CSV and NDJSON are imported, and their users counted."""
+    if call.takes != JSON:
+        counts = import_users(
+            call.store,
+            io.BytesIO(call.body),
+            call.takes,
+            view=call.view,
+            conflict=call.params.get("conflict", "fail"),
+            most=call.app.settings.max_items,
+        )
+        return Answer(done(**counts), status=201)
+    if "conflict" in call.params:
+        fault = {"parameter": "conflict", "detail": "goes with CSV and NDJSON"}
+        raise bad_query([fault])
+    items, one = read_items(call)
+    saved = call.store.save_users(items, "create", call.members)
+    return shown(call, saved.created, 201, one)
+
+
+def change_users(call: Call, how: str) -> Answer:
+    call.refuse_match()
+    items, one = read_items(call)
+    if one:
+        fault = {"pointer": "#", "detail": 'is not {"items": [{...}, ...]}'}
+        raise Problem(422, "the envelope is not valid", [fault])
+    saved = call.store.save_users(items, how, call.members)
+    return shown(call, saved.replaced, 200, one=False)
+
+
+def change_user(call: Call, how: str) -> Answer:
+    call.require_match()
+    items, _ = read_items(call, one=True)
+    id, check = call.args["id"], call.check_version
+    saved = call.store.save_users(items, how, call.members, id=id, check=check)
+    return shown(call, saved.replaced, 200, one=True)
+
+
+@operation("PUT", "/user", takes=(JSON,), problems=(404, 409), bulk=True)
+def replace_users(call: Call) -> Answer:
+    """Replace name and mail of each of the items' users."""
+    return change_users(call, "replace")
+
+
+@operation("PATCH", "/user", takes=(JSON, MERGE), problems=(404, 409), bulk=True)
+def merge_users(call: Call) -> Answer:
+    """Merge each of the items into the user that it names (RFC 7396)."""
+    return change_users(call, "merge")
+
+
+@operation("DELETE", "/user", params=("id",), problems=(404,), bulk=True)
+def delete_users(call: Call) -> Answer:
+    """Delete the users that the parameter id names."""
+    call.refuse_match()
+    call.store.delete_users(wanted_ids(call))
+    return Answer(done())
+
+
+def wanted_ids(call: Call) -> list[int]:
+    ids: list[int] | None = call.params.get("id")
+    if ids is None:
+        raise bad_query([{"parameter": "id", "detail": "is required: id=1,2,3"}])
+    return ids
+
+
+@operation("PUT", "/user/<id:id>", takes=(JSON,), problems=(404, 409, 412))
+def replace_user(call: Call) -> Answer:
+    """Replace a user's name and mail, in v2 also the lists that are sent."""
+    return change_user(call, "replace")
+
+
+@operation("PATCH", "/user/<id:id>", takes=(JSON, MERGE), problems=(404, 409, 412))
+def merge_user(call: Call) -> Answer:
+    """Merge the item into a user (RFC 7396)."""
+    return change_user(call, "merge")
+
+
+@operation("DELETE", "/user/<id:id>", problems=(404, 412))
+def delete_user(call: Call) -> Answer:
+    """Delete a user with its phone numbers and addresses."""
+    call.require_match()
+    call.store.delete_users([call.args["id"]], call.check_version)
+    return Answer(done())
+
+
+# Phones and addresses
+
+
+@operation("GET", "/user/<id:id>/{rows}", problems=(404,))
+def list_rows(call: Call) -> Answer:
+    """The {rows} list of a user."""
+    rows, version = call.store.show_rows(call.args["id"], call.shape)
+    return call.tagged(f'{{"results": {rows}}}'.encode(), f'"{version}"')
+
+
+@operation("GET", "/user/<id:id>/{rows}/<n:id>", problems=(404,))
+def get_row(call: Call) -> Answer:
+    """One {rows} of a user."""
+    rows, version = call.store.show_rows(call.args["id"], call.shape)
+    row = [row for row in json.loads(rows) if row["id"] == call.args["n"]]
+    if not row:
+        raise no_row(call)
+    return call.tagged(to_json({"results": row}), f'"{version}"')
+
+
+def no_row(call: Call) -> Problem:
+    return Problem(404, f"user {call.args['id']} has no such {call.shape.name}")
+
+
+def save_rows(call: Call, how: str, one: bool, number: int | None = None) -> Answer:
+    items, single = read_items(call, one)
+    if how != "create" and not one and single:
+        fault = {"pointer": "#", "detail": 'is not {"items": [{...}, ...]}'}
+        raise Problem(422, "the envelope is not valid", [fault])
+    user, shape, check = call.args["id"], call.shape, call.check_version
+    numbers, version = call.store.save_rows(user, shape, items, how, number, check)
+    rows = {row["id"]: row for row in json.loads(call.store.show_rows(user, shape)[0])}
+    headers = [("ETag", f'"{version}"')]
+    if how == "create" and single:
+        headers.append(
+            ("Location", call.uri(f"/user/{user}/{shape.name}/{numbers[0]}"))
+        )
+    body = acknowledge(json.dumps(rows[n], ensure_ascii=False) for n in numbers)
+    status = 201 if how == "create" else 200
+    return Answer(body.encode(), headers, status=status)
+
+
+@operation(
+    "POST",
+    "/user/<id:id>/{rows}",
+    takes=(JSON,),
+    status=201,
+    problems=(404, 409, 412),
+    bulk=True,
+)
+def create_row(call: Call) -> Answer:
+    """Add a {rows} to a user, or many."""
+    return save_rows(call, "create", one=False)
+
+
+@operation("PUT", "/user/<id:id>/{rows}", takes=(JSON,), problems=(404, 412), bulk=True)
+def replace_rows(call: Call) -> Answer:
+    """Replace each {rows} of a user that the items name."""
+    return save_rows(call, "replace", one=False)
+
+
+@operation(
+    "PATCH",
+    "/user/<id:id>/{rows}",
+    takes=(JSON, MERGE),
+    problems=(404, 412),
+    bulk=True,
+)
+def merge_rows(call: Call) -> Answer:
+    """Merge each item into the {rows} of a user that it names (RFC 7396)."""
+    return save_rows(call, "merge", one=False)
+
+
+@operation(
+    "DELETE", "/user/<id:id>/{rows}", params=("id",), problems=(404, 412), bulk=True
+)
+def delete_rows(call: Call) -> Answer:
+    """Delete each {rows} of a user that the parameter id names."""
+    ids, check = wanted_ids(call), call.check_version
+    call.store.delete_rows(call.args["id"], call.shape, ids, check)
+    return Answer(done())
+
+
+@operation("PUT", "/user/<id:id>/{rows}/<n:id>", takes=(JSON,), problems=(404, 412))
+def replace_row(call: Call) -> Answer:
+    """Replace one {rows} of a user."""
+    call.require_match()
+    return save_rows(call, "replace", True, call.args["n"])
+
+
+@operation(
+    "PATCH", "/user/<id:id>/{rows}/<n:id>", takes=(JSON, MERGE), problems=(404, 412)
+)
+def merge_row(call: Call) -> Answer:
+    """Merge the item into one {rows} of a user (RFC 7396)."""
+    call.require_match()
+    return save_rows(call, "merge", True, call.args["n"])
+
+
+@operation("DELETE", "/user/<id:id>/{rows}/<n:id>", problems=(404, 412))
+def delete_row(call: Call) -> Answer:
+    """Delete one {rows} of a user."""
+    call.require_match()
+    check = call.check_version
+    call.store.delete_rows(call.args["id"], call.shape, [call.args["n"]], check)
+    return Answer(done())
+
+
+# The log, the documents, operating
+
+
+@operation(
+    "GET",
+    "/changes",
+    params=("since", "limit"),
+    answers=(JSON, EVENTS),
+    problems=(410,),
+)
+def list_changes(call: Call) -> Answer:
+    """Who changed which members of whom; as server-sent events it stays open."""
+    since, limit = call.params.get("since"), call.params.get("limit")
+    if call.media == EVENTS:
+        last = call.header("LAST_EVENT_ID")
+        if last is not None and not re.fullmatch("[0-9]{1,16}", last):
+            raise bad_header("Last-Event-ID", "is the seq of a change")
+        since = int(last) if last else since
+        call.store.changes(since, 1)  # a 410 is said before the stream begins
+        return Answer(events(call, since), [], EVENTS)
+    rows = call.store.changes(since, limit or MAX_CHANGES)
+    members, tail = ", ".join(row for row, _ in rows), ""
+    headers = []
+    if limit is not None:
+        following = None
+        if len(rows) == limit and rows[-1][1] < call.store.last_seq():
+            query = urlencode({"since": rows[-1][1], "limit": limit})
+            following = f"{call.uri('/changes')}?{query}"
+            headers = [("Link", f'<{following}>; rel="next"')]
+        tail = f', "next": {json.dumps(following)}'
+    return Answer(f'{{"results": [{members}]{tail}}}'.encode(), headers)
+
+
+def events(call: Call, since: int | None) -> Iterator[bytes]:
+    """The changes after `since` as server-sent events, for as long as they are read.
+
+    An empty chunk means: nothing yet, ask me again shortly. A server that does not
+    know that would ask at once; under it the thread waits.
+    """
+    ours, pause = "userapi.server" in call.environ, threading.Event()
+    silent = time.monotonic()
+    yield b"retry: 1000\n\n"
+    while True:
+        try:
+            rows = call.store.changes(since, PAGE_ROWS)
+        except Problem as problem:
+            if problem.status == 410:  # left behind: the next try is told so
+                return
+            rows = []
+        if rows:
+            since, silent = rows[-1][1], time.monotonic()
+            told = (f"id: {seq}\ndata: {change}\n\n" for change, seq in rows)
+            yield "".join(told).encode()
+        elif time.monotonic() - silent > HEARTBEAT:
+            silent = time.monotonic()
+            yield b": still here\n\n"
+        else:
+            yield b""
+            if not ours:
+                pause.wait(0.25)
+
+
+@operation("GET", "/", answers=(HTML,))
+def get_page(call: Call) -> Answer:
+    """The admin page."""
+    return html_answer(page(call.prefix))
+
+
+@operation("GET", "/docs", answers=(HTML,))
+def get_reference(call: Call) -> Answer:
+    """The reference for people."""
+    return html_answer(reference(call.prefix))
+
+
+def html_answer(document: tuple[str, str]) -> Answer:
+    body, policy = document
+    headers = [("Content-Security-Policy", policy)]
+    return Answer(body.encode(), headers, f"{HTML}; charset=utf-8")
+
+
+@operation("GET", "/openapi.json")
+def get_openapi(call: Call) -> Answer:
+    """The OpenAPI document."""
+    return Answer(to_json(openapi(call.prefix)))
+
+
+@operation("GET", "/postman.json")
+def get_postman(call: Call) -> Answer:
+    """The Postman collection."""
+    scheme, host = call.environ["wsgi.url_scheme"], call.header("HOST") or "localhost"
+    return Answer(to_json(postman(f"{scheme}://{host}{call.prefix}")))
+
+
+@operation("GET", "/health")
+def get_health(call: Call) -> Answer:
+    """Whether the server answers; needs no token."""
+    return Answer(to_json({"status": "ok"}))
+
+
+@operation("GET", "/metrics", answers=(PROMETHEUS,))
+def get_metrics(call: Call) -> Answer:
+    """Figures for Prometheus."""
+    return Answer(call.app.metrics.write(call.store).encode(), [], PROMETHEUS)
+
+
+# ── Application ───────────────────────────────────────────────────────────────────
+
+LOOPBACK = re.compile(r"(?:::ffff:)?127\.\d+\.\d+\.\d+|::1")
+LOCAL_HOST = re.compile(r"(?:localhost|127(?:\.\d{1,3}){3}|\[::1\])\.?(?::\d*)?", re.I)
+PORT = re.compile(r"\.?(?::\d*)?$")
+POLICY = "default-src 'none'; frame-ancestors 'none'"
+COMMON = [
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cache-Control", "private, no-cache"),
+]
+CHALLENGE = 'Bearer realm="userapi", Basic realm="userapi", charset="UTF-8"'
+EXPOSED = "ETag, Location, Link, Retry-After, Idempotency-Replayed"
+ASKED = "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key"
+
+
+class Resource(NamedTuple):
+    """What is at a path: its operations by method, in one API version."""
+
+    base: str
+    view: str
+    operations: dict[str, Operation]
+
+    @property
+    def allow(self) -> str:
+        more = ["HEAD"] if "GET" in self.operations else []
+        return ", ".join([*self.operations, *more, "OPTIONS"])
+
+
+def build_router() -> bottle.Router:
+    """Every path of every version, as OPERATIONS has them, to its Resource."""
+    router = bottle.Router()
+    router.add_filter("id", lambda _: ("0*[1-9][0-9]{0,15}", int, str))
+    found: dict[str, Resource] = {}
+    for operation in OPERATIONS:
+        versioned = operation.path.startswith(("/user", "/changes"))
+        versions = (("/api", "v1"), ("/api/v1", "v1"), ("/api/v2", "v2"))
+        for base, view in versions if versioned else (("", "v1"),):
+            path = base + operation.path
+            resource = found.setdefault(path, Resource(base, view, {}))
+            resource.operations[operation.method] = operation
+    for path, resource in found.items():
+        router.add(path, "GET", resource)
+    return router
+
+
+ROUTER = build_router()
+
+
+@functools.lru_cache(maxsize=256)
+def negotiate(accept: str, offered: tuple[str, ...]) -> str | None:
+    """The offered media type that Accept likes best (RFC 9110 §12.5.1), if any."""
+    liked: dict[str, float] = {}
+    for part in accept.split(","):
+        media, *params = (piece.strip().lower() for piece in part.split(";"))
+        match = re.fullmatch(r"q=([01](?:\.\d{0,3})?)", params[-1] if params else "")
+        liked[media] = float(match[1]) if match else 1.0
+    best, most = None, 0.0
+    for media in offered:
+        bare = media.split(";")[0]
+        ranges = (bare, f"{bare.split('/')[0]}/*", "*/*")
+        weight = next((liked[r] for r in ranges if r in liked), 0.0)
+        if weight > most:
+            best, most = media, weight
+    return best
+
+
+class Guard:
+    """Who gets in: this host without a token, else who has one; no other site."""
+
+    def __init__(self, settings: Settings, store: Store, open: bool) -> None:
+        self.settings, self.store, self.open = settings, store, open
+        token = settings.token.encode()
+        self.digest = hashlib.sha256(token).digest() if token else None
+        self.failures: dict[str, collections.deque[float]] = {}
+
+    @property
+    def configured(self) -> bool:
+        return self.digest is not None or self.store.has_tokens()
+
+    def admit(self, call: Call, path: str) -> None:
+        """Let the call pass with its actor and role, or raise Problem 401, 403, 429."""
+        environ = call.environ
+        if self.configured:
+            if path != "/health" and not self.is_preflight(call):
+                self.authenticate(call)
+            if self.settings.allow_host and not self.is_known(call):
+                raise Problem(403, "this Host is not one of allow_host")
+        elif not self.open:
+            if not LOOPBACK.fullmatch(environ.get("REMOTE_ADDR", "")):
+                raise Problem(403, "only this host gets in until a token is set")
+            if not self.is_known(call):
+                raise Problem(403, "this Host is foreign: set a token, or allow_host")
+        if call.method not in SAFE:
+            if call.role != "admin":
+                raise Problem(403, "this token may only read")
+            self.refuse_cross_site(call)
+
+    def is_known(self, call: Call) -> bool:
+        """Whether Host is local, or one of allow_host."""
+        host = call.header("HOST") or ""
+        if LOCAL_HOST.fullmatch(host):
+            return True
+        return PORT.sub("", host.lower()) in self.settings.allow_host
+
+    def is_listed(self, call: Call) -> bool:
+        origin = call.header("ORIGIN")
+        return origin is not None and origin.lower() in self.settings.cors
+
+    def is_preflight(self, call: Call) -> bool:
+        asks = call.header("ACCESS_CONTROL_REQUEST_METHOD") is not None
+        return asks and call.method == "OPTIONS" and self.is_listed(call)
+
+    def authenticate(self, call: Call) -> None:
+        """Find the call's actor and role by its token. Raises Problem 401, 429."""
+        given = call.header("AUTHORIZATION")
+        if given is None:
+            headers = [("WWW-Authenticate", CHALLENGE)]
+            raise Problem(401, "a token is needed", headers=headers)
+        scheme, _, token = given.partition(" ")
+        if scheme.lower() == "basic":
+            token = (bottle.parse_auth(given) or ("", ""))[1]
+        elif scheme.lower() != "bearer":
+            token = ""
+        digest = hashlib.sha256(token.strip().encode("utf-8", "replace")).digest()
+        if self.digest and hmac.compare_digest(digest, self.digest):
+            call.actor = "admin"
+            return
+        found = self.store.find_token(digest)
+        if found is None:
+            raise self.failed(call.environ.get("REMOTE_ADDR", ""))
+        call.actor, call.role, used = found
+        today = utc_now()[:10]
+        if used != today:
+            self.store.touch_token(call.actor, today)
+
+    def failed(self, address: str) -> Problem:
+        """A wrong token: 401, or 429 after ten in a minute from one address."""
+        now = time.monotonic()
+        times = self.failures.setdefault(address, collections.deque(maxlen=10))
+        if len(times) == 10 and now - times[0] < 60:
+            wait = str(int(60 - (now - times[0])) + 1)
+            return Problem(
+                429, "too many wrong tokens", headers=[("Retry-After", wait)]
+            )
+        times.append(now)
+        while len(self.failures) > 10_000:
+            self.failures.pop(next(iter(self.failures)), None)
+        headers = [("WWW-Authenticate", CHALLENGE)]
+        return Problem(401, "the token is wrong", headers=headers)
+
+    def refuse_cross_site(self, call: Call) -> None:
+        site, origin = call.header("SEC_FETCH_SITE"), call.header("ORIGIN")
+        if self.is_listed(call) or site in ("same-origin", "none"):
+            return
+        if site is None and (origin is None or origin_host(origin) == own_host(call)):
+            return
+        raise Problem(403, "another site's page may not write here: see cors")
+
+    def believe_proxy(self, environ: Environ) -> None:
+        """Take over what a trusted proxy says of the client (X-Forwarded-*)."""
+        trusted = self.settings.trusted_proxy
+        if not trusted or environ.get("REMOTE_ADDR") not in trusted:
+            return
+        hops = environ.get("HTTP_X_FORWARDED_FOR", "").replace(" ", "").split(",")
+        client = next((hop for hop in reversed(hops) if hop not in trusted), "")
+        environ["REMOTE_ADDR"] = client or environ["REMOTE_ADDR"]
+        for name, variable in (
+            ("HOST", "HTTP_HOST"),
+            ("PROTO", "wsgi.url_scheme"),
+            ("PREFIX", "SCRIPT_NAME"),
+        ):
+            told = environ.get(f"HTTP_X_FORWARDED_{name}")
+            if told:
+                environ[variable] = told.rstrip("/")
+
+
+def own_host(call: Call) -> str:
+    """The Host of the request with its port, in the form of origin_host()."""
+    return origin_host(f"{call.environ['wsgi.url_scheme']}://{call.header('HOST')}")
+
+
+def origin_host(origin: str) -> str:
+    """Host and port of an origin, without the port that its scheme implies."""
+    scheme, _, host = origin.lower().partition("://")
+    return host[: -len(end)] if host.endswith(end := IMPLIED.get(scheme, "-")) else host
+
+
+IMPLIED = {"http": ":80", "https": ":443"}
+
+
+class Metrics:
+    """Counts of what was answered, written in the text format of Prometheus."""
+
+    bounds = (
+        0.0005,
+        0.001,
+        0.0025,
+        0.005,
+        0.01,
+        0.025,
+        0.05,
+        0.1,
+        0.25,
+        0.5,
+        1,
+        2.5,
+        10,
+    )
+
+    def __init__(self) -> None:
+        self.requests: collections.Counter[tuple[str, int]] = collections.Counter()
+        self.buckets = [0] * (len(self.bounds) + 1)
+        self.seconds = 0.0
+        self.connections: Callable[[], int] = lambda: 0
+
+    def note(self, operation: str, status: int, seconds: float) -> None:
+        self.requests[operation, status] += 1
+        self.buckets[bisect.bisect_left(self.bounds, seconds)] += 1
+        self.seconds += seconds
+
+    def write(self, store: Store) -> str:
+        """The figures, those of the store included."""
+        lines = ["# TYPE userapi_requests_total counter"]
+        for (name, status), count in sorted(self.requests.items()):
+            labels = f'operation="{name}",status="{status}"'
+            lines.append(f"userapi_requests_total{{{labels}}} {count}")
+        lines.append("# TYPE userapi_request_seconds histogram")
+        total = 0
+        for bound, count in zip((*self.bounds, "+Inf"), self.buckets):
+            total += count
+            lines.append(f'userapi_request_seconds_bucket{{le="{bound}"}} {total}')
+        lines.append(f"userapi_request_seconds_sum {self.seconds:.6f}")
+        lines.append(f"userapi_request_seconds_count {total}")
+        gauges = {
+            "connections": self.connections(),
+            "users": store.count_users(),
+            "last_change_seq": store.last_seq(),
+        }
+        gauges.update((f"{name}_bytes", size) for name, size in store.sizes().items())
+        for name, value in gauges.items():
+            lines += [f"# TYPE userapi_{name} gauge", f"userapi_{name} {value}"]
+        return "\n".join(lines) + "\n"
+
+
+class UserAPI:
+    """The WSGI application (PEP 3333): users out of one database, under any prefix.
+
+    `open=True` leaves it to the host program to say who gets in. `on_change` is called
+    with each change after it is committed. Further keywords are SETTINGS; what is not
+    given comes from `USERAPI_*` variables. Raises SettingError and Problem.
+    """
+
+    def __init__(
+        self,
+        db: str | None = None,
+        open: bool = False,
+        on_change: Callable[[Item], None] | None = None,
+        **settings: Any,
+    ) -> None:
+        self.settings = Settings({"db": db, **settings})
+        self.store = open_store(self.settings, on_change)
+        self.guard = Guard(self.settings, self.store, open)
+        self.metrics = Metrics()
+        self.vary = [("Vary", "Accept, Origin" if self.settings.cors else "Accept")]
+
+    def close(self) -> None:
+        """Close the database's connections."""
+        self.store.close()
+
+    def __call__(
+        self, environ: Environ, start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
+        began = time.perf_counter()
+        call = Call(self, environ)
+        try:
+            answer = self.respond(call)
+        except Problem as problem:
+            answer = problem_answer(problem)
+        except Exception:
+            answer = problem_answer(self.report(environ))
+        name = call.operation.name if call.operation else "none"
+        self.metrics.note(name, answer.status, time.perf_counter() - began)
+        body, headers = answer.body, [*answer.headers, *COMMON, *self.vary]
+        if answer.media != HTML_UTF8:
+            headers.append(("Content-Security-Policy", POLICY))
+        if self.settings.cors and self.guard.is_listed(call):
+            headers.append(("Access-Control-Allow-Origin", call.header("ORIGIN") or ""))
+            headers.append(("Access-Control-Expose-Headers", EXPOSED))
+        if answer.status not in (204, 304):
+            headers.append(("Content-Type", answer.media))
+            if isinstance(body, bytes):
+                headers.append(("Content-Length", str(len(body))))
+        start_response(STATUS[answer.status], headers)
+        if isinstance(body, bytes):
+            return [b"" if call.method == "HEAD" else body]
+        return [] if call.method == "HEAD" else body
+
+    def respond(self, call: Call) -> Answer:
+        """Guard, then resource, then operation. Raises Problem."""
+        environ = call.environ
+        self.guard.believe_proxy(environ)
+        call.prefix = quote(environ.get("SCRIPT_NAME", ""), encoding="latin-1")
+        try:
+            path = environ.get("PATH_INFO", "").encode("latin-1").decode() or "/"
+        except UnicodeError:
+            path = ""
+        if path[-1:] == "/" and path != "/":
+            path = path[:-1]
+        self.guard.admit(call, path)
+        if not path:
+            raise Problem(400, "the path is not UTF-8")
+        resource, call.args = find_resource(path)
+        call.base, call.view, operations = resource
+        call.members = VIEWS[call.view]
+        if call.method == "OPTIONS":
+            return self.show_options(call, resource)
+        found = operations.get("GET" if call.method == "HEAD" else call.method)
+        if found is None:
+            allow = resource.allow
+            raise Problem(405, f"there is {allow} here", headers=[("Allow", allow)])
+        call.operation = found
+        read_params(call, found)
+        accept = call.header("ACCEPT")
+        if accept is not None and "format" not in call.params:
+            media = negotiate(accept, found.answers)
+            if media is None:
+                raise Problem(406, f"there is {', '.join(found.answers)}")
+            call.media = media
+        else:
+            call.media = FORMATS[call.params.get("format", "json")]
+        if found.takes:
+            self.read_body(call, found.takes)
+        return self.write(call, found) if found.writes else found.run(call)
+
+    def show_options(self, call: Call, resource: Resource) -> Answer:
+        """What can be done with a resource, to a CORS preflight as well."""
+        headers = [("Allow", resource.allow)]
+        if self.guard.is_preflight(call):
+            headers.append(("Access-Control-Allow-Methods", resource.allow))
+            headers.append(("Access-Control-Allow-Headers", ASKED))
+            headers.append(("Access-Control-Max-Age", "600"))
+        return Answer(b"", headers, status=204)
+
+    def read_body(self, call: Call, takes: tuple[str, ...]) -> None:
+        """Read the body into the call. Raises Problem 400, 411, 413, 415."""
+        environ = call.environ
+        media = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+        accept = [("Accept", ", ".join(takes))]
+        if environ.get("HTTP_CONTENT_ENCODING"):
+            raise Problem(415, "a Content-Encoding is not taken", headers=accept)
+        if media and media not in takes:
+            raise Problem(415, f"send {' or '.join(takes)}", headers=accept)
+        call.takes = media if media in (CSV, NDJSON) else JSON
+        length, most = environ.get("CONTENT_LENGTH") or "", self.settings.max_body
+        stream = environ["wsgi.input"]
+        if not length:
+            if "chunked" not in environ.get("HTTP_TRANSFER_ENCODING", "").lower():
+                raise Problem(411, "announce the body's length")
+            call.body = stream.read(most + 1)
+        elif not re.fullmatch("[0-9]{1,18}", length):
+            raise Problem(400, "Content-Length is not a number")
+        elif int(length) <= most:
+            call.body = stream.read(int(length))
+            if len(call.body) < int(length):
+                raise Problem(400, "the body ends before its length")
+        if len(call.body) > most or int(length or 0) > most:
+            raise Problem(413, f"{most} bytes are the most that a body may have")
+
+    def write(self, call: Call, found: Operation) -> Answer:
+        """Run an operation that writes: in a transaction, and once for each key."""
+        dry, key = call.params.get("dry_run", False), call.header("IDEMPOTENCY_KEY")
+        with self.store.transaction(call.actor, keep=not dry):
+            if key is None or call.method != "POST":
+                return found.run(call)
+            if dry or not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
+                detail = "is 1 to 255 visible ASCII characters, without dry_run"
+                raise bad_header("Idempotency-Key", detail)
+            return self.write_once(call, found, key)
+
+    def write_once(self, call: Call, found: Operation, key: str) -> Answer:
+        """What was answered to this key before, or the operation's answer, kept."""
+        environ = call.environ
+        place = [environ.get(n) for n in ("SCRIPT_NAME", "PATH_INFO", "QUERY_STRING")]
+        whole = hashlib.sha256(to_json([call.actor, *place, key])).digest()
+        content = hashlib.sha256(f"{call.takes}\n".encode() + call.body).digest()
+        kept = self.store.find_retry(whole)
+        if kept is None:
+            answer = found.run(call)
+            assert isinstance(answer.body, bytes)
+            self.store.keep_retry(
+                whole, content, answer.status, answer.headers, answer.body
+            )
+            return answer
+        digest, status, headers, body = kept
+        if digest != content:
+            raise Problem(422, "this Idempotency-Key came with another body before")
+        pairs = [(name, value) for name, value in json.loads(headers)]
+        pairs.append(("Idempotency-Replayed", "true"))
+        return Answer(body, pairs, status=status)
+
+    def report(self, environ: Environ) -> Problem:
+        """Log an unknown fault under an id, and name that id to the client."""
+        id = os.urandom(6).hex()
+        told = f"userapi: fault {id}\n{traceback.format_exc()}"
+        with contextlib.suppress(Exception):
+            environ["wsgi.errors"].write(told)
+            environ["wsgi.errors"].flush()
+        return Problem(500, f"an unknown fault, logged as {id}", id=id)
+
+
+HTML_UTF8 = f"{HTML}; charset=utf-8"
+
+
+def open_store(
+    settings: Settings, on_change: Callable[[Item], None] | None = None
+) -> Store:
+    """The store that the settings describe; problems name its path. SettingError."""
+    try:
+        return Store(
+            settings.db, settings.unique_mail, settings.keep_changes, on_change
+        )
+    except Problem as problem:
+        raise Problem(problem.status, f"{settings.db}: {problem.detail}") from problem
+
+
+def problem_answer(problem: Problem) -> Answer:
+    return Answer(problem.body(), problem.headers, PROBLEM_JSON, problem.status)
+
+
+def find_resource(path: str) -> tuple[Resource, dict[str, int]]:
+    """The resource at a path, and the path's parameters. Raises Problem 404."""
+    try:
+        if path.isprintable():
+            found = ROUTER.match({"REQUEST_METHOD": "GET", "PATH_INFO": path})
+            return found  # type: ignore[no-any-return]
+    except bottle.HTTPError:
+        pass
+    version = re.match(r"/api/(v[0-9]+)(?:/|$)", path)
+    if version and version[1] not in VIEWS:
+        raise Problem(404, "there is no such version of the API; there are v1 and v2")
+    raise Problem(404, "there is nothing at this URI")
+
+
+def read_params(call: Call, operation: Operation) -> None:
+    """Read the query into the call. Raises Problem 400 with all that is wrong."""
+    if not call.environ.get("QUERY_STRING"):
+        return
+    errors = []
+    for name, value in call.query():
+        try:
+            if name not in operation.params:
+                raise ValueError("is no parameter here")
+            if name in call.params:
+                raise ValueError("stands twice")
+            call.params[name] = PARAMS[name].read(value)
+        except ValueError as fault:
+            errors.append({"parameter": name, "detail": str(fault)})
+    if errors:
+        raise bad_query(errors)
+
+
+# ── Contract ──────────────────────────────────────────────────────────────────────
+
+
+def openapi(prefix: str = "") -> Item:
+    """The OpenAPI 3.1 document."""
+    return {"openapi": "3.1.0"}
+
+
+def postman(url: str = "http://127.0.0.1:8080") -> Item:
+    """The Postman 2.1 collection."""
+    return {"info": {}}
+
+
+# ── Page ──────────────────────────────────────────────────────────────────────────
+
+
+def page(prefix: str) -> tuple[str, str]:
+    return "<!doctype html><title>userapi</title>", POLICY
+
+
+def reference(prefix: str) -> tuple[str, str]:
+    return "<!doctype html><title>userapi</title>", POLICY
+
+
+# ── Server ────────────────────────────────────────────────────────────────────────
+
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+#: the whole header section: no folding, no control bytes, no space before a colon
+SECTION = re.compile(rb"(?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?")
+BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])")
+HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
+ALONE = frozenset(("HTTP_HOST", "CONTENT_LENGTH", "CONTENT_TYPE", "HTTP_AUTHORIZATION"))
+TARGET = re.compile(r"[^#]*")
+READ_SIZE = 256 * 1024  # bytes that a connection may have read ahead
+WAKE = 0.2  # seconds after which a stream that had nothing is asked again
+GRACE = 5  # seconds that are left to what was begun when the server is told to stop
+DRAIN = 1  # seconds for which the rest of a refused request is read and dropped
+
+
+def parse_fields(section: bytes, most: int) -> Environ:
+    """A header section as WSGI variables (RFC 9112 §5). Raises Problem 400, 431."""
+    if not SECTION.fullmatch(section):
+        raise Problem(400, "a header field is malformed")
+    lines = section.decode("latin-1").split("\r\n")[:-1]
+    if len(lines) > most:
+        raise Problem(431, f"{most} header fields are the most")
+    environ: Environ = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        if "_" in name:  # could not be told from the same name with a hyphen
+            continue
+        key = name.upper().replace("-", "_")
+        if key not in ("CONTENT_LENGTH", "CONTENT_TYPE"):
+            key = f"HTTP_{key}"
+        value = value.strip(" \t")
+        if key not in environ:
+            environ[key] = value
+        elif key in ALONE:
+            raise Problem(400, f"{name} stands twice")
+        else:
+            environ[key] += f",{value}"
+    return environ
+
+
+def parse_target(method: str, target: str) -> tuple[str, str, str | None]:
+    """Path (decoded, latin-1), query and authority of a request target (RFC 9112 §3.2).
+
+    Raises Problem 400."""
+    authority = None
+    if target[:1] != "/" and not (target == "*" and method == "OPTIONS"):
+        scheme, _, rest = target.partition("://")
+        if scheme.lower() not in ("http", "https") or not rest:
+            raise Problem(400, "the request target is malformed")
+        cut = len(rest.split("/")[0].split("?")[0])
+        authority, target = rest[:cut], rest[cut:] or "/"
+        target = target if target[0] == "/" else f"/{target}"
+    path, _, query = target.partition("?")
+    if "#" in target or "%" in path and BAD_ESCAPE.search(path):
+        raise Problem(400, "the request target is malformed")
+    if "%" in path:
+        path = unquote_to_bytes(path).decode("latin-1")
+    return path, query, authority
+
+
+class Connection(asyncio.Protocol):
+    """One client: bytes to requests, answers to bytes, in order (RFC 9112)."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.settings = server, server.settings
+        self.buffer = b""
+        self.fields: Environ = {}
+        self.section = b"\0"  # what the last header section held
+        self.environ: Environ | None = None  # the head of a request under way
+        self.body: bytearray | None = None
+        self.missing = 0  # bytes of the body, or of the chunk, that are to come
+        self.chunked = False
+        self.busy = False  # a request is being answered
+        self.closing = False  # no further request will be read
+        self.paused = False  # the client does not take what is written
+        self.ended = False  # the client will send no more
+        self.stream: Iterator[bytes] | None = None
+        self.held = 0  # bytes counted in server.bodies
+        self.written = self.taken = 0
+        self.deadline = time.monotonic() + server.settings.idle_timeout
+
+    # What asyncio calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        peer = transport.get_extra_info("peername")
+        self.peer = peer[0] if isinstance(peer, tuple) else "127.0.0.1"
+        self.server.connections.add(self)
+        if len(self.server.connections) > self.settings.max_connections:
+            self.refuse(busy("too many connections"))
+
+    def connection_lost(self, fault: Exception | None) -> None:
+        self.server.connections.discard(self)
+        self.server.sleeping.discard(self)
+        self.closing = True
+        self.release()
+        self.end_stream()
+
+    def data_received(self, data: bytes) -> None:
+        if self.closing:
+            return
+        self.buffer = self.buffer + data if self.buffer else data
+        if self.busy or self.paused:
+            if len(self.buffer) > READ_SIZE:
+                self.transport.pause_reading()
+            return
+        self.work()
+
+    def eof_received(self) -> bool:
+        self.ended = True
+        if not self.busy and not self.paused and not self.unsent():
+            self.transport.close()
+        return self.can_half_close()
+
+    def can_half_close(self) -> bool:
+        return self.transport.can_write_eof()
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        if self.stream is not None:
+            self.pump()
+        elif not self.busy:
+            self.work()
+
+    # Requests
+
+    def work(self) -> None:
+        """Answer the requests that have arrived, one after the other."""
+        while self.buffer or self.body is not None:
+            if self.busy or self.closing or self.paused:
+                return
+            try:
+                whole = self.read_head() if self.environ is None else True
+                whole = whole and self.read_body()
+            except Problem as problem:
+                self.refuse(problem)
+                return
+            if not whole:
+                break
+            environ, self.environ = self.environ, None
+            body, self.body = self.body, None
+            assert environ is not None
+            if body is not None:
+                environ["CONTENT_LENGTH"] = str(len(body))
+                environ["wsgi.input"] = io.BytesIO(body)
+            self.busy = True
+            if environ["REQUEST_METHOD"] in SAFE or not self.server.group:
+                self.answer(environ, self.call(environ))
+            else:
+                self.server.enqueue(self, environ)
+        if self.ended and not self.busy:
+            self.transport.close()
+
+    def read_head(self) -> bool:
+        """Take a head out of the buffer; False while it is not all there."""
+        settings, buffer = self.settings, self.buffer
+        end = buffer.find(b"\r\n\r\n")
+        line_end = buffer.find(b"\r\n", 0, settings.max_line + 2)
+        if line_end < 0 and len(buffer) > settings.max_line:
+            raise Problem(414, f"{settings.max_line} bytes are the most")
+        size = (end if end >= 0 else len(buffer)) - max(line_end, 0)
+        if line_end >= 0 and size > settings.max_head:
+            raise Problem(431, f"{settings.max_head} bytes are the most")
+        if end < 0:
+            if self.missing == 0:  # the head begins: its deadline too
+                self.deadline = time.monotonic() + settings.head_timeout
+                self.missing = -1
+            if BARE.search(buffer):
+                raise Problem(400, "a line does not end in CR LF")
+            return False
+        self.missing = 0
+        line, section = buffer[:line_end], buffer[line_end + 2 : end + 2]
+        self.buffer = buffer[end + 4 :]
+        match = REQUEST_LINE.fullmatch(line)
+        if not match:
+            raise Problem(400, "the request line is malformed")
+        method, target, major, minor = match.groups()
+        if major != b"1" or minor not in b"01":
+            raise Problem(505, "speak HTTP/1.1")
+        if section != self.section:
+            self.fields = parse_fields(section, settings.max_fields)
+            self.section = section
+        self.begin(method.decode(), target.decode(), minor == b"1")
+        return True
+
+    def begin(self, method: str, target: str, modern: bool) -> None:
+        """A head is whole: make its environment, and prepare for its body."""
+        path, query, authority = parse_target(method, target)
+        environ = {**self.server.base, **self.fields}
+        environ.update(
+            REQUEST_METHOD=method,
+            PATH_INFO=path,
+            QUERY_STRING=query,
+            REMOTE_ADDR=self.peer,
+            SERVER_PROTOCOL="HTTP/1.1" if modern else "HTTP/1.0",
+        )
+        environ["userapi.target"] = target
+        host = environ.get("HTTP_HOST")
+        if modern and host is None:
+            raise Problem(400, "Host is missing")
+        if authority is not None:
+            environ["HTTP_HOST"] = host = authority
+        if host is not None and not HOST.fullmatch(host):
+            raise Problem(400, "Host is malformed")
+        connection = environ.get("HTTP_CONNECTION", "").lower()
+        tokens = {token.strip() for token in connection.split(",")}
+        environ["userapi.keep"] = (
+            "close" not in tokens if modern else "keep-alive" in tokens
+        )
+        self.environ = environ
+        coding, length = (
+            environ.get("HTTP_TRANSFER_ENCODING"),
+            environ.get("CONTENT_LENGTH"),
+        )
+        if coding is not None or length is not None or "HTTP_EXPECT" in environ:
+            self.expect_body(environ, coding, length, modern)
+
+    def expect_body(
+        self, environ: Environ, coding: str | None, length: str | None, modern: bool
+    ) -> None:
+        if coding is not None and (length is not None or not modern):
+            raise Problem(400, "Transfer-Encoding does not go with this request")
+        if coding is not None and coding.lower() != "chunked":
+            raise Problem(501, "chunked is the one transfer coding")
+        if length is not None and not re.fullmatch("[0-9]{1,18}", length):
+            raise Problem(400, "Content-Length is malformed")
+        expect = environ.get("HTTP_EXPECT", "100-continue").lower()
+        if modern and expect != "100-continue":
+            raise Problem(417, "100-continue is the one expectation")
+        size = int(length or 0)
+        self.hold(size)
+        if coding is not None or size:
+            self.body, self.chunked = bytearray(), coding is not None
+            self.missing = size
+            seconds = self.settings.body_timeout + size / READ_SIZE
+            self.deadline = time.monotonic() + seconds
+            if modern and "HTTP_EXPECT" in environ and not self.buffer:
+                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def hold(self, size: int) -> None:
+        """Count bytes of a body that are to be kept. Raises Problem 413, 503."""
+        self.held += size
+        self.server.bodies += size
+        if self.held > self.settings.max_body:
+            raise Problem(413, f"{self.settings.max_body} bytes are the most")
+        if self.server.bodies > self.settings.max_bodies:
+            raise busy("too many bodies are under way")
+
+    def release(self) -> None:
+        self.server.bodies -= self.held
+        self.held = 0
+
+    def read_body(self) -> bool:
+        """Take body out of the buffer; False while it is not all there."""
+        if self.body is None:
+            return True
+        while True:
+            if self.missing > 0:
+                part = self.buffer[: self.missing]
+                self.body += part
+                self.buffer = self.buffer[len(part) :]
+                self.missing -= len(part)
+                if self.missing:
+                    return False
+            if not self.chunked:
+                return True
+            whole = self.read_chunk_line(self.body)
+            if whole is not None:
+                return whole
+
+    def read_chunk_line(self, body: bytearray) -> bool | None:
+        """Read up to the next chunk's data: None if it has begun, True at the end."""
+        if self.missing == 0 and body and not self.buffer.startswith(b"\r\n"):
+            if len(self.buffer) >= 2:
+                raise Problem(400, "a chunk is longer than it says")
+            return self.fail_if_bare()
+        start = 2 if body else 0
+        end = self.buffer.find(b"\r\n", start)
+        if end < 0:
+            if len(self.buffer) > 1024:
+                raise Problem(400, "a chunk's line is too long")
+            return self.fail_if_bare()
+        match = CHUNK_LINE.fullmatch(self.buffer[start:end])
+        if not match:
+            raise Problem(400, "a chunk's size is malformed")
+        size = int(match[1], 16)
+        if size:
+            self.hold(size)
+            self.missing, self.buffer = size, self.buffer[end + 2 :]
+            return None
+        return self.read_trailers(end)
+
+    def fail_if_bare(self) -> bool:
+        if BARE.search(self.buffer):
+            raise Problem(400, "a line does not end in CR LF")
+        return False
+
+    def read_trailers(self, start: int) -> bool:
+        end = self.buffer.find(b"\r\n\r\n", start)
+        trailers = self.buffer[start + 2 : end + 2 if end >= 0 else None]
+        if len(trailers) > self.settings.max_head:
+            raise Problem(431, "the trailers are over the limit")
+        if end < 0:
+            return self.fail_if_bare()
+        if not SECTION.fullmatch(trailers):
+            raise Problem(400, "a trailer is malformed")
+        self.buffer = self.buffer[end + 4 :]
+        return True
+
+    # Answers
+
+    def call(self, environ: Environ) -> tuple[str, Headers, Iterable[bytes]]:
+        """Call the application: status, headers, and the body it gives."""
+        environ["userapi.began"] = time.perf_counter()
+        start: list[Any] = []
+        body = self.server.app(environ, lambda *given: start.extend(given))
+        return start[0], start[1], body
+
+    def answer(
+        self, environ: Environ, given: tuple[str, Headers, Iterable[bytes]]
+    ) -> None:
+        """Send an answer: at once where it is whole, else as it is taken."""
+        if self.transport.is_closing():
+            close_body(given[2])
+            return
+        status, headers, body = given
+        modern = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
+        keep = environ["userapi.keep"] and not self.server.stopping
+        whole = isinstance(body, list)
+        self.chunked = not whole and modern
+        if not whole and not modern:
+            keep = False
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+        if lines.count("\n") != len(headers) or lines.count("\r") != len(headers):
+            raise ValueError("a header field holds a line break")
+        if self.chunked:
+            lines += "Transfer-Encoding: chunked\r\n"
+        if not keep:
+            lines += "Connection: close\r\n"
+        elif not modern:
+            lines += "Connection: keep-alive\r\n"
+        head = f"HTTP/1.1 {status}\r\n{self.server.date}{lines}\r\n".encode("latin-1")
+        self.closing = self.closing or not keep
+        environ["userapi.status"], environ["userapi.sent"] = status[:3], 0
+        if whole:
+            content = b"".join(body)
+            environ["userapi.sent"] = len(content)
+            self.send(head + content)
+            self.finish(environ)
+        else:
+            self.stream, self.streamed = iter(body), environ
+            self.send(head)
+            self.pump()
+
+    def send(self, data: bytes) -> None:
+        self.written += len(data)
+        self.transport.write(data)
+
+    def pump(self) -> None:
+        """Send a stream's next chunk, if the client takes it."""
+        if self.stream is None or self.paused:
+            return
+        try:
+            chunk = next(self.stream, None)
+        except Exception:
+            self.server.app.report(self.streamed)
+            self.transport.abort()  # the client must see that it is not whole
+            return
+        if chunk:
+            self.streamed["userapi.sent"] += len(chunk)
+            frame = b"%x\r\n%b\r\n" % (len(chunk), chunk) if self.chunked else chunk
+            self.send(frame)
+            self.server.loop.call_soon(self.pump)
+        elif chunk is None:
+            self.end_stream()
+            if self.chunked:
+                self.send(b"0\r\n\r\n")
+            self.finish(self.streamed)
+        elif self.server.stopping:
+            self.stop_stream()
+        else:
+            self.server.sleep(self)
+
+    def stop_stream(self) -> None:
+        """End a stream that waits, as the server stops."""
+        self.end_stream()
+        if self.chunked:
+            self.send(b"0\r\n\r\n")
+        self.closing = True
+        self.finish(self.streamed)
+
+    def end_stream(self) -> None:
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            close_body(stream)
+
+    def finish(self, environ: Environ) -> None:
+        """An answer is out: note it, and go on with the connection."""
+        self.server.note(environ)
+        self.release()
+        self.busy = False
+        self.deadline = time.monotonic() + self.settings.idle_timeout
+        if self.closing:
+            self.hang_up()
+        elif self.server.stopping or self.ended and not self.buffer:
+            self.transport.close()
+        else:
+            self.transport.resume_reading()
+            if self.buffer:
+                self.server.loop.call_soon(self.work)
+
+    def refuse(self, problem: Problem) -> None:
+        """Answer a request that cannot be read further, and close."""
+        self.closing, self.busy = True, False
+        self.release()
+        environ = self.environ or {"SERVER_PROTOCOL": "HTTP/1.1", **self.server.base}
+        environ.setdefault("REQUEST_METHOD", "-")
+        environ.update({"userapi.keep": False, "REMOTE_ADDR": self.peer})
+        environ.setdefault("userapi.began", time.perf_counter())
+        self.environ = None
+        answer = problem_answer(problem)
+        headers = [*answer.headers, *COMMON, ("Content-Security-Policy", POLICY)]
+        headers.append(("Content-Type", PROBLEM_JSON))
+        headers.append(("Content-Length", str(len(problem.body()))))
+        body = [b"" if environ["REQUEST_METHOD"] == "HEAD" else problem.body()]
+        self.answer(environ, (STATUS[problem.status], headers, body))
+
+    def hang_up(self) -> None:
+        """Half-close, and drop for a moment what still comes: a reset at once would
+        take the answer with it."""
+        self.buffer = b""
+        if self.ended or not self.can_half_close():
+            self.transport.close()
+            return
+        self.transport.write_eof()
+        self.transport.resume_reading()
+        self.server.loop.call_later(DRAIN, self.transport.close)
+
+    # Deadlines
+
+    def unsent(self) -> int:
+        return self.transport.get_write_buffer_size()
+
+    def sweep(self, now: float) -> None:
+        """Called every second: give up where a deadline has passed."""
+        if self.busy or self.unsent():
+            taken = self.written - self.unsent()
+            if taken != self.taken or not self.unsent():
+                self.taken = taken
+                self.deadline = now + self.settings.send_timeout
+            elif now > self.deadline:
+                self.transport.abort()
+        elif now > self.deadline and not self.closing:
+            if self.environ is None and not self.buffer:
+                self.transport.close()
+            else:
+                self.refuse(Problem(408, "the request took too long to arrive"))
+
+
+def close_body(body: Any) -> None:
+    if hasattr(body, "close"):
+        body.close()
+
+
+Turn = tuple[Connection, Environ]
+
+
+class Server:
+    """Serves a UserAPI over one or more sockets, in one thread.
+
+    What writes waits for the end of the loop's turn; then all of it is run in one
+    transaction, which is committed in a thread of its own, as the disk may be slow;
+    only then do the answers go out. Reads go on meanwhile over another connection.
+    """
+
+    def __init__(self, app: UserAPI) -> None:
+        self.app, self.settings, self.store = app, app.settings, app.store
+        self.group = not self.store.memory
+        self.connections: set[Connection] = set()
+        self.sleeping: set[Connection] = set()
+        self.waiting: list[Turn] = []
+        self.committing = self.stopping = self.waking = self.logging = False
+        self.bodies = 0
+        self.lines: list[str] = []
+        app.metrics.connections = lambda: len(self.connections)
+        self.base: Environ = {
+            "SCRIPT_NAME": "",
+            "SERVER_NAME": self.settings.host,
+            "SERVER_PORT": str(self.settings.port),
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "https" if self.settings.cert else "http",
+            "wsgi.input": io.BytesIO(),
+            "wsgi.errors": sys.stderr,
+            "wsgi.multithread": False,
+            "wsgi.multiprocess": False,
+            "wsgi.run_once": False,
+            "userapi.server": True,
+        }
+
+    # Writes
+
+    def enqueue(self, connection: Connection, environ: Environ) -> None:
+        """Have a request that may write run with those of the same turn."""
+        self.waiting.append((connection, environ))
+        if len(self.waiting) == 1 and not self.committing:
+            self.loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Run what waits in one transaction, and have it committed."""
+        if self.committing or not (self.waiting or self.store.waiting):
+            return
+        self.committing = True
+        if self.store.begin_group():
+            self.run_group()
+        else:  # another program writes: wait for it, but not here
+            begin = functools.partial(self.store.begin_group, wait=True)
+            self.in_thread(begin, lambda _: self.run_group())
+
+    def run_group(self) -> None:
+        turns, self.waiting = self.waiting, []
+        done = [(turn, turn[0].call(turn[1])) for turn in turns]
+        self.in_thread(self.store.commit_group, lambda fault: self.finish(done, fault))
+
+    def in_thread(
+        self, work: Callable[[], Any], then: Callable[[BaseException | None], None]
+    ) -> None:
+        future = self.loop.run_in_executor(None, work)
+        future.add_done_callback(lambda future: then(future.exception()))
+
+    def finish(self, done: list[tuple[Turn, Any]], fault: BaseException | None) -> None:
+        """The commit has been tried: send the answers, or what went wrong."""
+        self.committing = False
+        for (connection, environ), answer in done:
+            if fault is not None and answer[0][0] == "2":
+                close_body(answer[2])
+                answer = self.failed(fault, environ)
+            connection.answer(environ, answer)
+        if fault is None:
+            self.store.announce_group()
+            self.wake()
+        if self.waiting:
+            self.loop.call_soon(self.flush)
+
+    def failed(self, fault: BaseException, environ: Environ) -> Any:
+        problem = fault if isinstance(fault, Problem) else self.app.report(environ)
+        body = problem.body()
+        headers = [*problem.headers, *COMMON, ("Content-Type", PROBLEM_JSON)]
+        headers.append(("Content-Length", str(len(body))))
+        return STATUS[problem.status], headers, [body]
+
+    # Streams that wait
+
+    def sleep(self, connection: Connection) -> None:
+        """Ask a stream that had nothing again: shortly, or after the next commit."""
+        self.sleeping.add(connection)
+        if not self.waking:
+            self.waking = True
+            self.loop.call_later(WAKE, self.wake, True)
+
+    def wake(self, timed: bool = False) -> None:
+        if timed:
+            self.waking = False
+        sleeping, self.sleeping = self.sleeping, set()
+        for connection in sleeping:
+            connection.pump()
+
+    # Once a second
+
+    def sweep(self) -> None:
+        now = time.monotonic()
+        self.date = f"Date: {formatdate(usegmt=True)}\r\nServer: userapi\r\n"
+        for connection in list(self.connections):
+            connection.sweep(now)
+        if self.store.waiting:
+            self.flush()
+        self.write_log()
+        self.sweeper = self.loop.call_later(1, self.sweep)
+
+    # The access log
+
+    def note(self, environ: Environ) -> None:
+        """A line of the access log: the combined format and milliseconds, or JSON."""
+        if self.settings.log == "off":
+            return
+        took = (time.perf_counter() - environ["userapi.began"]) * 1000
+        request = (
+            f"{environ['REQUEST_METHOD']} {environ.get('userapi.target', '-')}"
+            f" {environ['SERVER_PROTOCOL']}"
+        )
+        status, sent = environ["userapi.status"], environ["userapi.sent"]
+        referer = environ.get("HTTP_REFERER", "-")
+        agent = environ.get("HTTP_USER_AGENT", "-")
+        actor = environ.get("userapi.actor")
+        if self.settings.log == "json":
+            line = json.dumps(
+                {
+                    "at": utc_now(),
+                    "peer": environ["REMOTE_ADDR"],
+                    "actor": actor,
+                    "request": request,
+                    "status": int(status),
+                    "bytes": sent,
+                    "ms": round(took, 2),
+                    "referer": referer,
+                    "agent": agent,
+                }
+            )
+        else:
+            at = time.strftime("%d/%b/%Y:%H:%M:%S %z")
+            quoted = [escape_log(part) for part in (request, referer, agent)]
+            line = (
+                f'{environ["REMOTE_ADDR"]} - {actor or "-"} [{at}] "{quoted[0]}"'
+                f' {status} {sent} "{quoted[1]}" "{quoted[2]}" {took:.2f}'
+            )
+        self.lines.append(line)
+
+    def write_log(self) -> None:
+        """Write the lines in a thread, as the one who reads them may be slow."""
+        lines, self.lines = self.lines, []
+        if lines and not self.logging:
+            self.logging = True
+            text = "\n".join(lines) + "\n"
+            self.in_thread(functools.partial(write_text, text), self.logged)
+        elif lines:
+            self.lines = lines[-10_000:]
+
+    def logged(self, fault: BaseException | None) -> None:
+        self.logging = False
+
+    # Life
+
+    async def run(
+        self, sockets: list[socket.socket], ready: Callable[[], None]
+    ) -> None:
+        """Serve until SIGTERM or SIGINT; then finish what was begun."""
+        self.loop = asyncio.get_running_loop()
+        self.stopped = asyncio.Event()
+        if self.group:
+            self.store.open_group()
+        self.sweep()
+        self.handle_signals()
+        tls = make_tls(self.settings) if self.settings.cert else None
+        servers = [
+            await self.loop.create_server(
+                lambda: Connection(self), sock=sock, ssl=tls, backlog=1024
+            )
+            for sock in sockets
+        ]
+        ready()
+        notify("READY=1")
+        await self.stopped.wait()
+        notify("STOPPING=1")
+        for server in servers:
+            server.close()
+        await self.drain()
+        self.sweeper.cancel()
+        if self.group:
+            self.store.close_group()
+        if self.lines:
+            write_text("\n".join(self.lines) + "\n")
+
+    def handle_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self.loop.add_signal_handler(number, self.stop)
+            except (NotImplementedError, RuntimeError, ValueError):
+                with contextlib.suppress(ValueError):  # not in the main thread
+                    signal.signal(
+                        number, lambda *_: self.loop.call_soon_threadsafe(self.stop)
+                    )
+
+    def stop(self) -> None:
+        """Stop serving; a second call ends the process at once."""
+        if self.stopping:
+            os._exit(1)
+        self.stopping = True
+        self.stopped.set()
+
+    async def drain(self) -> None:
+        """Let what was begun be answered, for at most GRACE seconds."""
+        end = time.monotonic() + GRACE
+        self.wake()
+        while time.monotonic() < end:
+            begun = self.committing or bool(self.waiting)
+            for connection in list(self.connections):
+                idle = connection.environ is None and not connection.buffer
+                if connection.busy or connection.unsent() or not idle:
+                    begun = True
+                elif not connection.closing:
+                    connection.transport.close()
+            if not begun:
+                break
+            await asyncio.sleep(0.01)
+        for connection in list(self.connections):
+            connection.transport.abort()
+        while self.committing or self.logging:
+            await asyncio.sleep(0.01)
+
+
+def write_text(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def escape_log(text: str) -> str:
+    """Text for a quoted part of a log line, on one line and in ASCII."""
+    return json.dumps(text)[1:-1]
+
+
+def make_tls(settings: Settings) -> Any:
+    """The context for TLS with the standard library's defaults. Raises SettingError."""
+    import ssl
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(settings.cert, settings.key)
+    except (OSError, ssl.SSLError) as fault:
+        raise SettingError(f"cert or key cannot be used: {reason(fault)}") from None
+    return context
+
+
+def notify(state: str) -> None:
+    """Tell the service manager, if one listens (sd_notify of systemd)."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path and hasattr(socket, "AF_UNIX"):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with sock, contextlib.suppress(OSError):
+            sock.connect(path.replace("@", "\0", 1))
+            sock.send(state.encode())
+
+
+def open_sockets(settings: Settings) -> list[socket.socket]:
+    """The sockets to listen on: handed over, Unix, or TCP. Raises SettingError."""
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):
+        count = int(os.environ.get("LISTEN_FDS", "0"))
+        return [socket.socket(fileno=3 + number) for number in range(count)]
+    try:
+        if settings.unix:
+            if not hasattr(socket, "AF_UNIX"):
+                raise SettingError("this system has no Unix sockets")
+            sock = socket.socket(socket.AF_UNIX)
+            try:
+                sock.connect(settings.unix)
+                raise SettingError("another process listens on the Unix socket")
+            except ConnectionRefusedError:  # left behind by one that was killed
+                os.unlink(settings.unix)
+            except FileNotFoundError:
+                pass
+            sock.bind(settings.unix)
+        else:
+            family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+            sock = socket.create_server((settings.host, settings.port), family=family)
+        return [sock]
+    except OSError as fault:
+        raise SettingError(f"cannot listen: {reason(fault)}") from None
+
+
+def serve(app: UserAPI, **settings: Any) -> None:
+    """Serve the application until SIGTERM or SIGINT, by its settings or those given.
+
+    Raises SettingError where it cannot listen, or must not: an address that others
+    reach needs a token.
+    """
+    app.settings.update(settings)
+    host = app.settings.host
+    local = app.settings.unix or host == "localhost" or LOOPBACK.fullmatch(host)
+    if not local and not app.guard.configured:
+        raise SettingError(
+            f"host {host} lets others in: set USERAPI_TOKEN, --token-file, or make a"
+            " token with 'userapi.py token add NAME' first"
+        )
+    sockets, server = open_sockets(app.settings), Server(app)
+    url = server_url(app.settings, sockets[0])
+    server.base["SERVER_PORT"] = str(url.rpartition(":")[2].rstrip("/"))
+    users = app.store.count_users()
+    told = (
+        f"userapi {__version__} on {url} · {app.settings.db}, {users}"
+        f" user{'s' * (users != 1)} · "
+        + ("token needed" if app.guard.configured else "no token: this host only")
+    )
+    line = functools.partial(print, told, file=sys.stderr, flush=True)
+    asyncio.run(server.run(sockets, line))
+
+
+def server_url(settings: Settings, sock: socket.socket) -> str:
+    name = sock.getsockname()
+    if not isinstance(name, tuple):
+        return f"unix:{name}"
+    host = f"[{name[0]}]" if ":" in name[0] else name[0]
+    return f"http{'s' * bool(settings.cert)}://{host}:{name[1]}/"
+
+
+# ── Command line ──────────────────────────────────────────────────────────────────
+
+COMMANDS = {
+    "serve": "serve users over HTTP (what is done without a command)",
+    "import": "read users from CSV or NDJSON",
+    "export": "write users as CSV, NDJSON or JSON",
+    "backup": "make a consistent copy while the server runs",
+    "check": "check the integrity of the database",
+    "token": "add, list and revoke named tokens",
+    "openapi": "print the OpenAPI document",
+    "postman": "print the Postman collection",
+}
+STORE_SETTINGS = ("db", "unique_mail", "keep_changes")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: 0 done, 1 failed, 2 wrong usage or a refused setting."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not any(word in COMMANDS or word in ("-h", "--help") for word in arguments[:1]):
+        arguments.insert(0, "serve")
+    given = vars(build_parser().parse_args(arguments))
+    command = given.pop("command")
+    try:
+        return RUN[command](given)
+    except SettingError as fault:
+        print(f"userapi: {fault}", file=sys.stderr)
+        return 2
+    except Problem as problem:
+        print(f"userapi: {problem.detail}", file=sys.stderr)
+        for error in problem.errors:
+            place = f"line {error['line']}: " if "line" in error else ""
+            print(
+                f"  {place}{error.get('pointer', '')} {error['detail']}",
+                file=sys.stderr,
+            )
+        return 1
+    except BrokenPipeError:  # who reads our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as fault:
+        print(f"userapi: {fault.filename or ''}: {reason(fault)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 1
+
+
+def build_parser() -> Any:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        "userapi", description="Users over REST, out of one file.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    made = {}
+    for name, told in COMMANDS.items():
+        made[name] = commands.add_parser(
+            name, help=told, description=told, allow_abbrev=False
+        )
+        add_settings(made[name], None if name == "serve" else STORE_SETTINGS)
+    made["import"].add_argument("file", help="a file, or - for standard input")
+    made["import"].add_argument("--format", choices=("csv", "ndjson"))
+    choices = ("fail", "skip", "replace")
+    made["import"].add_argument("--conflict", choices=choices, default="fail")
+    made["import"].add_argument("--dry-run", action="store_true")
+    made["export"].add_argument("file", nargs="?", default="-")
+    made["export"].add_argument("--format", choices=tuple(FORMATS))
+    made["backup"].add_argument("file")
+    made["token"].add_argument("action", choices=("add", "list", "revoke"))
+    made["token"].add_argument("name", nargs="?", default="")
+    made["token"].add_argument("--read-only", action="store_true")
+    return parser
+
+
+def add_settings(parser: Any, names: Sequence[str] | None) -> None:
+    for name, default, told in SETTINGS:
+        if name == "token" or names is not None and name not in names:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(default, bool):
+            parser.add_argument(flag, action="store_true", default=None, help=told)
+        else:
+            value = ",".join(default) if isinstance(default, tuple) else default
+            meaning = f"{told} ({value})" if value != "" else told
+            parser.add_argument(flag, metavar=name.upper(), help=meaning)
+
+
+def run_serve(given: Item) -> int:
+    serve(UserAPI(**given))
+    return 0
+
+
+def given_store(given: Item) -> Store:
+    return open_store(Settings({name: given[name] for name in STORE_SETTINGS}))
+
+
+class Progress:
+    """A line on a terminal that says how far a long command is; else nothing."""
+
+    def __init__(self, unit: str, total: int) -> None:
+        self.unit, self.total = unit, total
+        self.began = self.shown = time.monotonic()
+        self.count = 0
+        self.active = sys.stderr.isatty()
+
+    def show(self, done: int) -> None:
+        """Tell that so many of the total are done."""
+        self.count += 1
+        now = time.monotonic()
+        if not self.active or now - self.shown < 0.1:
+            return
+        self.shown = now
+        share = min(done / self.total, 1.0) if self.total else 0.0
+        left = (now - self.began) * (1 - share) / share if share else 0.0
+        rate = self.count / (now - self.began)
+        bar = "#" * int(share * 30)
+        sys.stderr.write(
+            f"\r[{bar:30}] {self.count} {self.unit}, {rate:.0f}/s, {left:.0f} s left "
+        )
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        if self.active:
+            sys.stderr.write("\r\x1b[K")
+
+
+def run_import(given: Item) -> int:
+    """Read users out of a file, all of them or none, with the positions of faults."""
+    store, path = given_store(given), given["file"]
+    media = guess_format(path, given["format"], ("csv", "ndjson"))
+    with contextlib.ExitStack() as stack:
+        file: Any = sys.stdin.buffer
+        if path != "-":
+            file = stack.enter_context(open(path, "rb"))
+        size = os.fstat(file.fileno()).st_size
+        progress = Progress("rows", size)
+
+        def watch(line: int) -> None:
+            if progress.active:
+                progress.show(file.tell() if size else 0)
+
+        with store.transaction(keep=not given["dry_run"]):
+            counts = import_users(
+                store, file, media, conflict=given["conflict"], watch=watch
+            )
+        progress.end()
+    print(", ".join(f"{count} {name}" for name, count in counts.items()))
+    return 0
+
+
+def guess_format(path: str, named: str | None, known: Sequence[str]) -> str:
+    """The media type of a file by --format, else by the end of its name."""
+    end = named or path.rpartition(".")[2].lower()
+    if end not in known:
+        if path != "-" or named:
+            raise SettingError(f"say with --format which of {', '.join(known)} it is")
+        end = known[0]
+    return FORMATS[end]
+
+
+def run_export(given: Item) -> int:
+    """Write all users; a file appears under its name when it is whole."""
+    store, path = given_store(given), given["file"]
+    media = guess_format(path, given["format"], tuple(FORMATS)[::-1])
+    members = CSV_MEMBERS if media == CSV else VIEWS["v2"]
+    progress = Progress("rows", store.count_users())
+
+    def watched(pages: Pages) -> Iterator[list[Any]]:
+        for page in pages:
+            progress.count += len(page)
+            progress.show(progress.count)
+            yield page
+
+    pages = watched(store.pages(select_sql(media, members), Query()))
+    chunks = CHUNKS[media](pages, members, "")
+    if path == "-":
+        for chunk in chunks:
+            sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.flush()
+    else:
+        with open(f"{path}.part", "wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.part", path)
+    progress.end()
+    return 0
+
+
+def run_backup(given: Item) -> int:
+    progress = Progress("pages", 1)
+
+    def show(done: int, total: int) -> None:
+        progress.total = total
+        progress.count = done
+        progress.show(done)
+
+    given_store(given).backup(given["file"], show)
+    progress.end()
+    return 0
+
+
+def run_check(given: Item) -> int:
+    store = given_store(given)
+    faults = store.check()
+    for fault in faults:
+        print(f"userapi: {fault}", file=sys.stderr)
+    if not faults:
+        print(f"whole: {store.count_users()} users")
+    return 1 if faults else 0
+
+
+def run_token(given: Item) -> int:
+    """Add, list or revoke named tokens; a token is shown this once."""
+    store, action, name = given_store(given), given["action"], given["name"]
+    if action == "list":
+        for row in store.tokens():
+            print("\t".join(part or "never" for part in row))
+        return 0
+    if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name):
+        raise SettingError("a token's name is 1 to 64 of A-Z a-z 0-9 . _ @ -")
+    if action == "add":
+        print(store.add_token(name, "read-only" if given["read_only"] else "admin"))
+    else:
+        store.revoke_token(name)
+    return 0
+
+
+def run_document(document: Item) -> int:
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+    return 0
+
+
+RUN: dict[str, Callable[[Item], int]] = {
+    "serve": run_serve,
+    "import": run_import,
+    "export": run_export,
+    "backup": run_backup,
+    "check": run_check,
+    "token": run_token,
+    "openapi": lambda given: run_document(openapi()),
+    "postman": lambda given: run_document(postman()),
+}
