@@ -22,6 +22,28 @@ It is no general database server, no user directory with passwords, and no frame
 
 from __future__ import annotations
 
+import marshal
+import os
+import sys
+
+if (
+    __name__ == "__main__"
+    and hasattr(os, "memfd_create")
+    and globals().get("__spec__", "") is None  # a script, and not yet the fresh one
+):
+    # To compile this file takes 10 MiB that the process never gives back: a fresh one
+    # (of the same pid) goes on with the compiled code.
+    code = os.memfd_create("userapi", 0)
+    os.write(code, marshal.dumps((sys._getframe().f_code, sys.path, sys.argv)))
+    os.lseek(code, 0, os.SEEK_SET)
+    begin = (
+        "import marshal, sys; m = sys.modules['__main__'] = type(sys)('__main__');"
+        f"c, sys.path[:], sys.argv[:] = marshal.load(open({code}, 'rb'));"
+        "m.__file__ = c.co_filename; del m.__spec__; exec(c, m.__dict__)"
+    )
+    flags = getattr(sys, "orig_argv", [*sys.argv, ""])[1 : -len(sys.argv)]
+    os.execv(sys.executable, [sys.executable, *flags, "-c", begin, *sys.argv])
+
 import array
 import asyncio
 import base64
@@ -35,12 +57,10 @@ import hmac
 import io
 import itertools
 import json
-import os
 import re
 import signal
 import socket
 import sqlite3
-import sys
 import threading
 import time
 import traceback
@@ -50,25 +70,16 @@ from email.utils import formatdate
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode
 
-if __name__ == "__main__":  # a script's bytecode is never cached, a module's is
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("userapi", __file__)
-    assert spec is not None and spec.loader is not None
-    sys.modules["userapi"] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(sys.modules["userapi"])
-    except ImportError as fault:
-        sys.exit(f"userapi: {fault}")
-    sys.exit(sys.modules["userapi"].main())
-
 try:
     import bottle
 except ImportError:
-    raise ImportError(
+    missing = (
         "Bottle is missing: 'pip install bottle', the package python3-bottle of your"
         " distribution, or the file bottle.py beside userapi.py"
-    ) from None
+    )
+    if __name__ == "__main__":
+        sys.exit(f"userapi: {missing}")
+    raise ImportError(missing) from None
 
 __all__ = ["Problem", "Store", "UserAPI", "main", "openapi", "postman", "serve"]
 __version__ = "1.0.0"
@@ -148,7 +159,7 @@ class Settings:
         if bool(self.cert) != bool(self.key):
             raise SettingError("cert and key go together")
         if self.token_file and not self.token:
-            self.token = read_token(self.token_file)
+            self.token: str = read_token(self.token_file)
         if not re.fullmatch(r"[\x21-\x7e]*", self.token):
             raise SettingError("token may hold visible ASCII characters only")
 
@@ -401,25 +412,28 @@ COUNTRY = {"pattern": "^([A-Z]{2})?$", "maxLength": 2}
 PHONE_NUMBER = {"minLength": 3, "maxLength": 32, "pattern": NUMBER}
 
 
-class Shape(NamedTuple):
-    """The fields of a user or of a kind of rows below it, and how items are checked."""
+class Shape:
+    """A user, or a kind of rows below one: its names, its fields, its columns.
 
-    name: str
-    plural: str
-    title: str
-    fields: tuple[Field, ...]
-    one_of: tuple[str, ...] = ()
+    `one_of` names members of which an item needs one.
+    """
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(field.name for field in self.fields)
-
-    @property
-    def columns(self) -> tuple[Field, ...]:
-        """The fields that are a column which a client writes, without the id."""
-        return tuple(
+    def __init__(
+        self,
+        name: str,
+        plural: str,
+        title: str,
+        fields: tuple[Field, ...],
+        one_of: tuple[str, ...] = (),
+    ) -> None:
+        self.name, self.plural, self.title = name, plural, title
+        self.fields, self.one_of = fields, one_of
+        self.by_name = {field.name: field for field in fields}
+        self.names = tuple(self.by_name)
+        #: those that are a column which a client writes, without the id
+        self.columns = tuple(
             field
-            for field in self.fields
+            for field in fields
             if field.column and not field.read_only and field.name != "id"
         )
 
@@ -504,10 +518,6 @@ VIEWS = {
     "v1": tuple(field.name for field in USER.fields if field.v1),
     "v2": USER.names,
 }
-FIELDS = {
-    shape.name: {field.name: field for field in shape.fields}
-    for shape in (USER, PHONE, ADDRESS)
-}
 
 
 class BadLine(str):
@@ -520,9 +530,9 @@ class Place(NamedTuple):
     pointer: str
     line: int = 0
 
-    def fault(self, member: str, detail: str) -> Item:
-        """An entry of a problem's `errors` about a member of the item."""
-        pointer = f"{self.pointer}/{member}" if member else self.pointer
+    def fault(self, member: str | None, detail: str) -> Item:
+        """An entry of a problem's `errors` about a member of the item, or all of it."""
+        pointer = self.pointer if member is None else f"{self.pointer}/{member}"
         fault: Item = {"pointer": pointer, "detail": detail}
         return {"line": self.line, **fault} if self.line else fault
 
@@ -578,7 +588,7 @@ class Checker(NamedTuple):
         """The item as it is stored. `id_rule` is optional, required, or the URI's."""
         if not isinstance(item, dict):
             told = item if isinstance(item, BadLine) else "is not an object"
-            self.faults.add(place.fault("", told))
+            self.faults.add(place.fault(None, told))
             return {}
         found = self.faults.total
         values: Item = {}
@@ -596,11 +606,11 @@ class Checker(NamedTuple):
             self.faults.add(place.fault("id", "is required"))
         wanted, well = self.shape.one_of, self.faults.total == found
         if wanted and well and not any(values.get(name) for name in wanted):
-            self.faults.add(place.fault("", f"needs {' or '.join(wanted)}"))
+            self.faults.add(place.fault(None, f"needs {' or '.join(wanted)}"))
         return values
 
     def check_member(self, place: Place, name: str, value: Any, values: Item) -> None:
-        field = FIELDS[self.shape.name].get(name)
+        field = self.shape.by_name.get(name)
         if field is None or name not in self.members:
             raise ValueError("is no member that can be sent here")
         if field.read_only:
@@ -658,6 +668,7 @@ APPLICATION_ID = 0x75736572  # "user", in the file's header
 PAGE_ROWS = 500  # rows read at a time when all users are read
 SORTS = {"id": "user_id", "name": "name_fold", "mail": "mail_fold"}
 SORTS.update(created="created", updated="updated")
+TABLES = {"users": USER, "user_phone": PHONE, "user_address": ADDRESS}
 ORIGINAL = ["user_id", "user_name", "user_mail"]  # the first application's columns
 _NOW = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
 _LAST_SEQ = "coalesce((SELECT max(seq) FROM changes), 0)"
@@ -796,7 +807,7 @@ def member_sql(field: Field) -> str:
 @functools.lru_cache(maxsize=256)
 def view_sql(members: tuple[str, ...]) -> str:
     """The SQL of a user as JSON text with just these members."""
-    return object_sql((name, member_sql(FIELDS["user"][name])) for name in members)
+    return object_sql((name, member_sql(USER.by_name[name])) for name in members)
 
 
 @functools.lru_cache(maxsize=256)
@@ -833,6 +844,22 @@ class Query(NamedTuple):
         return " AND ".join(terms), values
 
 
+class Page(NamedTuple):
+    """Some of the users that a query finds, and the place of the last (key, id)."""
+
+    content: Any
+    size: int
+    last: tuple[Any, int] | None
+
+
+def make_page(rows: Rows, joint: str) -> Page:
+    if joint:
+        content, size, key, ids = rows[0]
+        last = (key, int(ids.rpartition(",")[2])) if size else None
+        return Page(content or "", size, last)
+    return Page([row[:-2] for row in rows], len(rows), rows[-1][-2:] if rows else None)
+
+
 class Saved(NamedTuple):
     """What save_users() did: the ids it created and changed, how many it skipped."""
 
@@ -848,6 +875,7 @@ class Transaction:
         self.actor, self.keep = actor, keep
         self.now = utc_now()
         self.connection: sqlite3.Connection | None = None
+        self.grouped = False
         self.changes: list[Item] = []
 
 
@@ -855,6 +883,17 @@ class Scope(threading.local):
     """The transaction that this thread is in, if it is in one."""
 
     transaction: Transaction | None = None
+
+
+def refuse_shared_mail(db: sqlite3.Connection) -> None:
+    """Raise Problem 409 where users share an address that is to be unique."""
+    twice = db.execute(
+        "SELECT group_concat(user_id, ', ') FROM users WHERE mail_fold <> ''"
+        " GROUP BY mail_fold HAVING count(*) > 1 ORDER BY min(user_id) LIMIT 10"
+    ).fetchall()
+    if twice:
+        ids = "; ".join(row[0] for row in twice)
+        raise Problem(409, f"unique_mail: these users share a mail address: {ids}")
 
 
 class Store:
@@ -925,8 +964,12 @@ class Store:
 
     def _examine(self, ours: bool, size: int) -> None:
         """Look into the file without writing to it."""
+        # without a -wal the file alone is whole, and a -shm need not be made
+        there = os.path.exists(f"{self.path}-wal")
         try:
-            with contextlib.closing(self._open("mode=ro")) as db:
+            with contextlib.closing(
+                self._open("mode=ro" if there else "immutable=1")
+            ) as db:
                 tables = [name for (name,) in db.execute(TABLES_SQL)]
                 columns = [row[1] for row in db.execute("PRAGMA table_info(users)")]
                 whole = [("ok",)]
@@ -997,47 +1040,44 @@ class Store:
         raise last
 
     def _migrate(self, db: sqlite3.Connection) -> None:
-        """Take the schema to the newest version, in one transaction."""
+        """Take the schema to what this version wants, in one transaction."""
         db.create_function("fold", 1, fold, deterministic=True)
+        if not any(self._wanted(db)):
+            return
         db.execute("BEGIN IMMEDIATE")
         try:
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            for statement in itertools.chain(*MIGRATIONS[version:]):
-                db.execute(statement)
-            self._add_columns(db)
-            self._index_mail(db)
-            db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+            while statements := list(self._wanted(db)):
+                for statement in statements:
+                    db.execute(statement)
             db.execute("COMMIT")
         except BaseException:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
 
-    def _add_columns(self, db: sqlite3.Connection) -> None:
-        """Give each field that is new in the tables above its column."""
-        tables = [("users", USER), *((f"user_{s.name}", s) for s in SHAPES.values())]
-        for table, shape in tables:
+    def _wanted(self, db: sqlite3.Connection) -> Iterator[str]:
+        """The statements that the database lacks: migrations, the columns of fields
+        that are new in the tables above, the index of unique_mail."""
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version < len(MIGRATIONS):
+            yield from itertools.chain(*MIGRATIONS[version:])
+            yield f"PRAGMA user_version = {len(MIGRATIONS)}"
+            return
+        for table, shape in TABLES.items():
             there = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
             for field in shape.columns:
                 if field.column not in there:
                     declared = f"{field.column} TEXT NOT NULL DEFAULT ''"
-                    db.execute(f"ALTER TABLE {table} ADD COLUMN {declared}")
-
-    def _index_mail(self, db: sqlite3.Connection) -> None:
-        if not self.unique_mail:
-            db.execute("DROP INDEX IF EXISTS users_unique_mail")
-            return
-        twice = db.execute(
-            "SELECT group_concat(user_id, ', ') FROM users WHERE mail_fold <> ''"
-            " GROUP BY mail_fold HAVING count(*) > 1 ORDER BY min(user_id) LIMIT 10"
-        ).fetchall()
-        if twice:
-            ids = "; ".join(row[0] for row in twice)
-            raise Problem(409, f"unique_mail: these users share a mail address: {ids}")
-        db.execute(
-            "CREATE UNIQUE INDEX IF NOT EXISTS users_unique_mail ON users (mail_fold)"
-            " WHERE mail_fold <> ''"
-        )
+                    yield f"ALTER TABLE {table} ADD COLUMN {declared}"
+        indexes = {row[1] for row in db.execute("PRAGMA index_list(users)")}
+        if self.unique_mail and "users_unique_mail" not in indexes:
+            refuse_shared_mail(db)
+            yield (
+                "CREATE UNIQUE INDEX users_unique_mail ON users (mail_fold)"
+                " WHERE mail_fold <> ''"
+            )
+        elif not self.unique_mail and "users_unique_mail" in indexes:
+            yield "DROP INDEX users_unique_mail"
 
     def close(self) -> None:
         """Close the connections that no thread uses; the store stays usable."""
@@ -1097,7 +1137,7 @@ class Store:
                 raise
             finally:
                 self._scope.transaction = None
-        if keep and scope.connection is not self._group:
+        if keep and not scope.grouped:
             self._announce(scope.changes)
 
     def _writer(self) -> sqlite3.Connection:
@@ -1111,7 +1151,7 @@ class Store:
                 if self._group_fault:
                     raise self._group_fault
                 self._group.execute("SAVEPOINT request")
-                scope.connection = self._group
+                scope.connection, scope.grouped = self._group, True
             else:
                 db = self._take()
                 try:
@@ -1127,7 +1167,7 @@ class Store:
         db = scope.connection
         if db is None:
             return
-        if db is not self._group:
+        if not scope.grouped:
             try:
                 if db.in_transaction:
                     db.execute("COMMIT" if keep else "ROLLBACK")
@@ -1147,9 +1187,11 @@ class Store:
             self._group_fault = Problem(507, "there is no room on the disk")
 
     def _announce(self, changes: list[Item]) -> None:
-        if self.on_change:
-            for change in changes:
-                self.on_change(change)
+        for change in changes:  # there are none without on_change
+            try:
+                self.on_change(change)  # type: ignore[misc]
+            except Exception:  # the write is kept and must not seem to have failed
+                traceback.print_exc()
 
     # Writes that are committed together (the Server's turn)
 
@@ -1230,37 +1272,42 @@ class Store:
             raise no_user(id)
         return int(found[0][0])
 
-    def pages(self, select: str, query: Query) -> Iterator[Rows]:
-        """Rows of (what `select` names, sort key, id) in lists of at most PAGE_ROWS."""
+    def pages(self, select: str, query: Query, joint: str = "") -> Iterator[Page]:
+        """The users that the query finds: one page with its limit, else page by page.
+
+        `select` is SQL. With a `joint` it is one text, and a page's content is all
+        of them joined; else it is columns, and the content is a list of tuples.
+        """
         key = SORTS[query.sort.lstrip("-")]
-        more, down = ("<", " DESC") if query.sort[0] == "-" else (">", "")
+        more, down, last = (">", "", "max")
+        if query.sort[0] == "-":
+            more, down, last = ("<", " DESC", "min")
         where, values = query.where()
-        order = f"{key}{down}" if key == "user_id" else f"{key}{down}, user_id{down}"
-        place = "user_id" if key == "user_id" else f"({key}, user_id)"
-        marks = "?" if key == "user_id" else "(?, ?)"
-        after, left = query.after, query.limit
-        while left is None or left > 0:
-            size = PAGE_ROWS if left is None else min(left, PAGE_ROWS)
-            beyond, at = "", tuple[Any, ...]()
+        after, size = query.after, query.limit or PAGE_ROWS
+        while True:
+            beyond = ""
             if after is not None:
-                beyond = f" AND {place} {more} {marks}"
-                at = after[1:] if key == "user_id" else after
-            rows = self.rows(
-                f"SELECT {select}, {key}, user_id FROM users WHERE {where}{beyond}"
-                f" ORDER BY {order} LIMIT {size}",
-                [*values, *at],
+                beyond = f" AND ({key}, user_id) {more} (?, ?)"
+            sql = (
+                f"SELECT {select} AS content, {key} AS key, user_id AS id FROM users"
+                f" WHERE {where}{beyond} ORDER BY {key}{down}, user_id{down}"
+                f" LIMIT {size}"
             )
-            yield rows
-            if len(rows) < size:
+            if joint:
+                sql = (
+                    f"SELECT group_concat(content, '{joint}'), count(*), {last}(key),"
+                    f" group_concat(id) FROM ({sql})"
+                )
+            page = make_page(self.rows(sql, [*values, *(after or ())]), joint)
+            yield page
+            if query.limit or page.size < size:
                 return
-            after = rows[-1][-2:]
-            left = None if left is None else left - size
+            after = page.last
 
     def find_users(self, view: str = "v2", **query: Any) -> Iterator[Item]:
         """Users as dicts; keywords are those of Query: q, name, mail, ids, sort, …"""
-        for page in self.pages(view_sql(VIEWS[view]), Query(**query)):
-            for row in page:
-                yield json.loads(row[0])
+        for page in self.pages(view_sql(VIEWS[view]), Query(**query), ", "):
+            yield from json.loads(f"[{page.content or ''}]")
 
     def count_users(self, query: Query | None = None) -> int:
         """How many users there are, or the query's filters find."""
@@ -1496,6 +1543,7 @@ class Store:
         actor: str | None = None,
     ) -> None:
         """Delete these users with all that is below them, or none: Problem 404."""
+        refuse_twice(ids)
         with self.transaction(actor):
             there = self._rows_by_id(ids)
             missing = [id for id in ids if id not in there]
@@ -1535,7 +1583,7 @@ class Store:
 
     def show_rows(self, user: int, shape: Shape) -> tuple[str, int]:
         """A user's phones or addresses as a JSON list, and the user's version."""
-        sql = f"SELECT {member_sql(FIELDS['user'][shape.name])}, version FROM users"
+        sql = f"SELECT {member_sql(USER.by_name[shape.name])}, version FROM users"
         found = self.rows(f"{sql} WHERE user_id = ?", (user,))
         if not found:
             raise no_user(user)
@@ -1589,8 +1637,12 @@ class Store:
             there = self._load_rows(shape, user)
             rows = []
             for place, item in entries:
-                if how == "merge":
-                    item = merged_row(there, item, number)
+                if how == "merge" and isinstance(item, dict):
+                    old = find_row(there, item, number)
+                    if old is None:
+                        faults.add(place.fault("id", "does not exist"), 404)
+                        continue
+                    item = {n: v for n, v in {**old, **item}.items() if v is not None}
                 value = checker.check(place, item, rule if number is None else number)
                 found = value.get("id")
                 if not seen.add(found):
@@ -1615,6 +1667,7 @@ class Store:
         check: Callable[[int], None] | None = None,
     ) -> None:
         """Delete these rows below a user, or none of them: Problem 404."""
+        refuse_twice(numbers)
         with self.transaction():
             row = self._user_row(user, check)
             there = self._load_rows(shape, user)
@@ -1842,19 +1895,21 @@ def number_rows(rows: Iterable[Item], last: int) -> int:
     return last
 
 
-def merged_row(there: dict[int, Item], item: Any, number: int | None) -> Any:
-    """The row that an item names, with the item merged into it (RFC 7396)."""
-    if not isinstance(item, dict):
-        return item
+def find_row(there: dict[int, Item], item: Item, number: int | None) -> Item | None:
+    """The row that an item is to be merged into: the URI's, or its id's."""
     target = number or item.get("id")
-    if not isinstance(target, (int, float)) or target not in there:
-        return item
-    merged = {**there[int(target)], **item}
-    return {name: value for name, value in merged.items() if value is not None}
+    return there.get(int(target)) if isinstance(target, (int, float)) else {}
 
 
 def no_user(id: int) -> Problem:
     return Problem(404, f"there is no user {id}")
+
+
+def refuse_twice(ids: Sequence[int]) -> None:
+    twice = sorted({id for id in ids if ids.count(id) > 1})
+    errors = [{"parameter": "id", "detail": f"{id} stands twice"} for id in twice]
+    if errors:
+        raise Problem(422, "an id stands twice", errors)
 
 
 def nothing_there(kind: str, ids: Sequence[int]) -> Problem:
@@ -1915,7 +1970,7 @@ def read_number(least: int, most: int) -> Callable[[str], int]:
 def read_ids(value: str) -> list[int]:
     read = read_number(1, MAX_ID)
     try:
-        return list(dict.fromkeys(read(part) for part in value.split(",")))
+        return [read(part) for part in value.split(",")]
     except ValueError:
         raise ValueError("is a list of ids, by commas") from None
 
@@ -2107,9 +2162,9 @@ class Call:
             if BAD_ESCAPE.search(source):
                 raise ValueError
             source.encode("ascii")
-            return parse_qsl(source, True, encoding="utf-8", errors="strict")
+            return parse_qsl(source, True, errors="surrogateescape")
         except ValueError:
-            raise Problem(400, "the query is not percent-encoded UTF-8") from None
+            raise Problem(400, "the query is not percent-encoded") from None
 
     def header(self, name: str) -> str | None:
         return self.environ.get(f"HTTP_{name}")
@@ -2321,7 +2376,7 @@ def check_header(header: list[str]) -> None:
 
 
 def bad_header_line(faults: list[str]) -> Problem:
-    errors = [Place("#", 1).fault("", fault) for fault in faults]
+    errors = [Place("#", 1).fault(None, fault) for fault in faults]
     return Problem(422, "the CSV header is not valid", errors, total=len(errors))
 
 
@@ -2392,37 +2447,41 @@ def csv_lines(rows: Iterable[Sequence[Any]]) -> bytes:
     return out.getvalue().encode()
 
 
-Pages = Iterable[Rows]
-
-
-def json_chunks(pages: Pages, members: Sequence[str], tail: str) -> Iterator[bytes]:
+def json_chunks(pages: Iterable[Page], _: Sequence[str], tail: str) -> Iterator[bytes]:
     lead = '{"results": ['
     for page in pages:
-        if page:
-            yield (lead + ", ".join([row[0] for row in page])).encode()
+        if page.size:
+            yield (lead + page.content).encode()
             lead = ", "
     yield ((lead if lead != ", " else "") + f"]{tail}}}").encode()
 
 
-def ndjson_chunks(pages: Pages, members: Sequence[str], tail: str) -> Iterator[bytes]:
+def ndjson_chunks(pages: Iterable[Page], *_: Any) -> Iterator[bytes]:
     for page in pages:
-        yield "".join([f"{row[0]}\n" for row in page]).encode()
+        if page.size:
+            yield f"{page.content}\n".encode()
 
 
-def csv_chunks(pages: Pages, members: Sequence[str], tail: str) -> Iterator[bytes]:
+def csv_chunks(
+    pages: Iterable[Page], members: Sequence[str], _: str
+) -> Iterator[bytes]:
     yield csv_lines([members])
     for page in pages:
-        yield csv_lines(row[:-2] for row in page)
+        yield csv_lines(page.content)
 
 
 CHUNKS = {JSON: json_chunks, NDJSON: ndjson_chunks, CSV: csv_chunks}
+JOINTS = {JSON: ", ", NDJSON: "\n", CSV: ""}
 
 
-def select_sql(media: str, members: tuple[str, ...]) -> str:
-    """What to select for users in this format: JSON texts, or the CSV columns."""
+def read_pages(
+    store: Store, media: str, members: tuple[str, ...], query: Query
+) -> Iterator[Page]:
+    """Users in the form that this format's chunks are made of."""
+    select = view_sql(members)
     if media == CSV:
-        return ", ".join(FIELDS["user"][name].column for name in members)
-    return view_sql(members)
+        select = ", ".join(USER.by_name[name].column for name in members)
+    return store.pages(select, query, JOINTS[media])
 
 
 def acknowledge(texts: Iterable[str]) -> str:
@@ -2464,36 +2523,31 @@ def list_users(call: Call) -> Answer:
     tag, tail, headers = f'W/"{call.store.last_seq()}"', "", []
     if params.get("count"):
         tail = f', "total": {call.store.count_users(query)}'
-    select = select_sql(call.media, members)
-    if limit is not None:
-        page, following = read_page(call, select, query)
-        pages: Pages = [page]
+    pages: Iterable[Page] = read_pages(call.store, call.media, members, query)
+    page = next(iter(pages))
+    if limit:
+        following = next_uri(call, query, page) if page.size == limit else None
         tail += f', "next": {json.dumps(following)}'
         if following:
             headers = [("Link", f'<{following}>; rel="next"')]
-    else:
-        pages = call.store.pages(select, query)
-        page = next(pages)
-        pages = itertools.chain([page], pages) if len(page) == PAGE_ROWS else [page]
+    whole = limit or page.size < PAGE_ROWS
+    pages = [page] if whole else itertools.chain([page], pages)
     chunks = CHUNKS[call.media](pages, members, tail)
-    body = b"".join(chunks) if isinstance(pages, list) else chunks
+    body = b"".join(chunks) if whole else chunks
     if call.media != JSON or "fields" in params:
         return Answer(body, headers, call.media)
     answer = call.tagged(body, tag)
     return answer._replace(headers=answer.headers + headers)
 
 
-def read_page(call: Call, select: str, query: Query) -> tuple[list[Any], str | None]:
-    """The rows of one page, and the URI of the next one."""
-    limit = query.limit or 0
-    pages = call.store.pages(select, query._replace(limit=limit + 1))
-    rows = list(itertools.chain.from_iterable(pages))
-    if len(rows) <= limit:
-        return rows, None
-    cursor = write_cursor(query.sort, *rows[limit - 1][-2:])
+def next_uri(call: Call, query: Query, page: Page) -> str | None:
+    """Where the users after this page are; None where there are none."""
+    beyond = query._replace(after=page.last, limit=1)
+    if not page.last or not next(call.store.pages("1", beyond)).size:
+        return None
     kept = [pair for pair in call.query() if pair[0] != "after"]
-    path = call.uri("/user") + "?" + urlencode([*kept, ("after", cursor)], safe=",")
-    return rows[:limit], path
+    kept.append(("after", write_cursor(query.sort, *page.last)))
+    return f"{call.uri('/user')}?{urlencode(kept, safe=',')}"
 
 
 @operation(
@@ -2514,9 +2568,8 @@ def get_user(call: Call) -> Answer:
         if "fields" in call.params:
             return Answer(body)
         return call.tagged(body, f'"{found[1]}"')
-    select = select_sql(call.media, members)
-    page = next(call.store.pages(select, Query(ids=[id])))
-    if not page:
+    page = next(read_pages(call.store, call.media, members, Query(ids=[id])))
+    if not page.size:
         raise no_user(id)
     return Answer(b"".join(CHUNKS[call.media]([page], members, "")), [], call.media)
 
@@ -3003,6 +3056,9 @@ class Guard:
             told = environ.get(f"HTTP_X_FORWARDED_{name}")
             if told:
                 environ[variable] = told.rstrip("/")
+        prefix, path = environ.get("SCRIPT_NAME", ""), environ.get("PATH_INFO", "")
+        if prefix and f"{path}/".startswith(f"{prefix}/"):  # a proxy that keeps it
+            environ["PATH_INFO"] = path[len(prefix) :]
 
 
 def own_host(call: Call) -> str:
@@ -3279,15 +3335,22 @@ def read_params(call: Call, operation: Operation) -> None:
     errors = []
     for name, value in call.query():
         try:
+            if not f"{name}{value}".isascii() and has_surrogates(name + value):
+                raise ValueError("is not UTF-8")
             if name not in operation.params:
                 raise ValueError("is no parameter here")
             if name in call.params:
                 raise ValueError("stands twice")
             call.params[name] = PARAMS[name].read(value)
         except ValueError as fault:
-            errors.append({"parameter": name, "detail": str(fault)})
+            named = name.encode(errors="replace").decode()
+            errors.append({"parameter": named, "detail": str(fault)})
     if errors:
         raise bad_query(errors)
+
+
+def has_surrogates(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 # ── Contract ──────────────────────────────────────────────────────────────────────
@@ -3376,6 +3439,14 @@ def parse_target(method: str, target: str) -> tuple[str, str, str | None]:
     return path, query, authority
 
 
+def refuse_unless(well: bool, what: str) -> None:
+    if not well:
+        raise Problem(400, f"{what} is malformed")
+
+
+Given = tuple[str, Headers, "Iterable[bytes]"]  # what an application answers
+
+
 class Connection(asyncio.Protocol):
     """One client: bytes to requests, answers to bytes, in order (RFC 9112)."""
 
@@ -3427,7 +3498,7 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self.ended = True
-        if not self.busy and not self.paused and not self.unsent():
+        if not self.busy and not self.paused:
             self.transport.close()
         return self.can_half_close()
 
@@ -3443,6 +3514,7 @@ class Connection(asyncio.Protocol):
             self.pump()
         elif not self.busy:
             self.work()
+            self.transport.resume_reading()
 
     # Requests
 
@@ -3526,8 +3598,8 @@ class Connection(asyncio.Protocol):
             raise Problem(400, "Host is malformed")
         connection = environ.get("HTTP_CONNECTION", "").lower()
         tokens = {token.strip() for token in connection.split(",")}
-        environ["userapi.keep"] = (
-            "close" not in tokens if modern else "keep-alive" in tokens
+        environ["userapi.keep"] = "close" not in tokens and (
+            modern or "keep-alive" in tokens
         )
         self.environ = environ
         coding, length = (
@@ -3576,71 +3648,73 @@ class Connection(asyncio.Protocol):
         """Take body out of the buffer; False while it is not all there."""
         if self.body is None:
             return True
-        while True:
-            if self.missing > 0:
-                part = self.buffer[: self.missing]
-                self.body += part
-                self.buffer = self.buffer[len(part) :]
-                self.missing -= len(part)
-                if self.missing:
+        if self.chunked:
+            return self.read_chunks(self.body)
+        part = self.buffer[: self.missing]
+        self.body += part
+        self.buffer = self.buffer[len(part) :]
+        self.missing -= len(part)
+        return not self.missing
+
+    def read_chunks(self, body: bytearray) -> bool:
+        """Take chunks out of the buffer (RFC 9112 §7.1); False before the last."""
+        buffer, at = self.buffer, 0
+        try:
+            while True:
+                if self.missing > 2:  # what is left of a chunk, with its CR LF
+                    part = buffer[at : at + self.missing - 2]
+                    body += part
+                    at += len(part)
+                    self.missing -= len(part)
+                end = buffer.find(b"\r\n", at, at + 1024 + self.missing)
+                if self.missing and end != at:
+                    refuse_unless(buffer[at : at + 2] in (b"", b"\r"), "a chunk")
                     return False
-            if not self.chunked:
-                return True
-            whole = self.read_chunk_line(self.body)
-            if whole is not None:
-                return whole
+                if self.missing:
+                    at += 2
+                    self.missing = 0
+                    continue
+                if end < 0:
+                    refuse_unless(len(buffer) - at < 1024, "a chunk's line")
+                    refuse_unless(not BARE.search(buffer, at), "a chunk's line")
+                    return False
+                match = CHUNK_LINE.fullmatch(buffer, at, end)
+                refuse_unless(match is not None, "a chunk's line")
+                size = int(match[1], 16)  # type: ignore[index]
+                if not size:
+                    at = self.read_trailers(buffer, at, end)
+                    return at > end
+                self.hold(size)
+                self.missing = size + 2
+                at = end + 2
+        finally:
+            self.buffer = buffer[at:]
 
-    def read_chunk_line(self, body: bytearray) -> bool | None:
-        """Read up to the next chunk's data: None if it has begun, True at the end."""
-        if self.missing == 0 and body and not self.buffer.startswith(b"\r\n"):
-            if len(self.buffer) >= 2:
-                raise Problem(400, "a chunk is longer than it says")
-            return self.fail_if_bare()
-        start = 2 if body else 0
-        end = self.buffer.find(b"\r\n", start)
-        if end < 0:
-            if len(self.buffer) > 1024:
-                raise Problem(400, "a chunk's line is too long")
-            return self.fail_if_bare()
-        match = CHUNK_LINE.fullmatch(self.buffer[start:end])
-        if not match:
-            raise Problem(400, "a chunk's size is malformed")
-        size = int(match[1], 16)
-        if size:
-            self.hold(size)
-            self.missing, self.buffer = size, self.buffer[end + 2 :]
-            return None
-        return self.read_trailers(end)
-
-    def fail_if_bare(self) -> bool:
-        if BARE.search(self.buffer):
-            raise Problem(400, "a line does not end in CR LF")
-        return False
-
-    def read_trailers(self, start: int) -> bool:
-        end = self.buffer.find(b"\r\n\r\n", start)
-        trailers = self.buffer[start + 2 : end + 2 if end >= 0 else None]
+    def read_trailers(self, buffer: bytes, start: int, line_end: int) -> int:
+        """Where the request ends; `start`, its last chunk's, while it does not."""
+        end = buffer.find(b"\r\n\r\n", line_end)
+        trailers = buffer[line_end + 2 : end + 2 if end >= 0 else None]
         if len(trailers) > self.settings.max_head:
             raise Problem(431, "the trailers are over the limit")
         if end < 0:
-            return self.fail_if_bare()
-        if not SECTION.fullmatch(trailers):
-            raise Problem(400, "a trailer is malformed")
-        self.buffer = self.buffer[end + 4 :]
-        return True
+            refuse_unless(not BARE.search(trailers), "a trailer")
+            return start
+        refuse_unless(SECTION.fullmatch(trailers) is not None, "a trailer")
+        return end + 4
 
     # Answers
 
-    def call(self, environ: Environ) -> tuple[str, Headers, Iterable[bytes]]:
-        """Call the application: status, headers, and the body it gives."""
+    def call(self, environ: Environ) -> Given:
+        """What the application answers: status, headers, body."""
         environ["userapi.began"] = time.perf_counter()
         start: list[Any] = []
-        body = self.server.app(environ, lambda *given: start.extend(given))
-        return start[0], start[1], body
+        try:
+            body = self.server.app(environ, lambda *given: start.extend(given))
+            return start[0], start[1], body
+        except Exception as fault:  # not UserAPI's, but of what is wrapped around it
+            return self.server.failed(fault, environ)
 
-    def answer(
-        self, environ: Environ, given: tuple[str, Headers, Iterable[bytes]]
-    ) -> None:
+    def answer(self, environ: Environ, given: Given) -> None:
         """Send an answer: at once where it is whole, else as it is taken."""
         if self.transport.is_closing():
             close_body(given[2])
@@ -3653,8 +3727,11 @@ class Connection(asyncio.Protocol):
         if not whole and not modern:
             keep = False
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
-        if lines.count("\n") != len(headers) or lines.count("\r") != len(headers):
-            raise ValueError("a header field holds a line break")
+        breaks = (status + lines).count("\n"), (status + lines).count("\r")
+        if breaks != (len(headers), len(headers)):
+            fault = ValueError("a header field holds a line break")
+            self.answer(environ, self.server.failed(fault, environ))
+            return
         if self.chunked:
             lines += "Transfer-Encoding: chunked\r\n"
         if not keep:
@@ -3751,10 +3828,12 @@ class Connection(asyncio.Protocol):
         """Half-close, and drop for a moment what still comes: a reset at once would
         take the answer with it."""
         self.buffer = b""
-        if self.ended or not self.can_half_close():
+        if self.ended:
             self.transport.close()
             return
-        self.transport.write_eof()
+        with contextlib.suppress(OSError):  # the client may have gone
+            if self.can_half_close():
+                self.transport.write_eof()
         self.transport.resume_reading()
         self.server.loop.call_later(DRAIN, self.transport.close)
 
@@ -3863,7 +3942,7 @@ class Server:
         if self.waiting:
             self.loop.call_soon(self.flush)
 
-    def failed(self, fault: BaseException, environ: Environ) -> Any:
+    def failed(self, fault: BaseException, environ: Environ) -> Given:
         problem = fault if isinstance(fault, Problem) else self.app.report(environ)
         body = problem.body()
         headers = [*problem.headers, *COMMON, ("Content-Type", PROBLEM_JSON)]
@@ -3964,7 +4043,11 @@ class Server:
         tls = make_tls(self.settings) if self.settings.cert else None
         servers = [
             await self.loop.create_server(
-                lambda: Connection(self), sock=sock, ssl=tls, backlog=1024
+                lambda: Connection(self),
+                sock=sock,
+                ssl=tls,
+                backlog=1024,
+                ssl_handshake_timeout=self.settings.head_timeout if tls else None,
             )
             for sock in sockets
         ]
@@ -3978,6 +4061,8 @@ class Server:
         self.sweeper.cancel()
         if self.group:
             self.store.close_group()
+        if self.logging:  # nobody takes the log: its thread would never end
+            os._exit(0)
         if self.lines:
             write_text("\n".join(self.lines) + "\n")
 
@@ -4015,7 +4100,7 @@ class Server:
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
             connection.transport.abort()
-        while self.committing or self.logging:
+        while self.committing or self.logging and time.monotonic() < end:
             await asyncio.sleep(0.01)
 
 
@@ -4086,13 +4171,8 @@ def serve(app: UserAPI, **settings: Any) -> None:
     reach needs a token.
     """
     app.settings.update(settings)
-    host = app.settings.host
-    local = app.settings.unix or host == "localhost" or LOOPBACK.fullmatch(host)
-    if not local and not app.guard.configured:
-        raise SettingError(
-            f"host {host} lets others in: set USERAPI_TOKEN, --token-file, or make a"
-            " token with 'userapi.py token add NAME' first"
-        )
+    if not app.guard.configured:
+        refuse_exposed(app.settings)
     sockets, server = open_sockets(app.settings), Server(app)
     url = server_url(app.settings, sockets[0])
     server.base["SERVER_PORT"] = str(url.rpartition(":")[2].rstrip("/"))
@@ -4104,6 +4184,16 @@ def serve(app: UserAPI, **settings: Any) -> None:
     )
     line = functools.partial(print, told, file=sys.stderr, flush=True)
     asyncio.run(server.run(sockets, line))
+
+
+def refuse_exposed(settings: Settings) -> None:
+    """Raise SettingError where others could reach what has no token."""
+    host = settings.host
+    if not (settings.unix or host == "localhost" or LOOPBACK.fullmatch(host)):
+        raise SettingError(
+            f"host {host} lets others in: set USERAPI_TOKEN, --token-file, or make a"
+            " token with 'userapi.py token add NAME' first"
+        )
 
 
 def server_url(settings: Settings, sock: socket.socket) -> str:
@@ -4132,12 +4222,13 @@ STORE_SETTINGS = ("db", "unique_mail", "keep_changes")
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0 done, 1 failed, 2 wrong usage or a refused setting."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not any(word in COMMANDS or word in ("-h", "--help") for word in arguments[:1]):
+    if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help", "--version"):
         arguments.insert(0, "serve")
-    given = vars(build_parser().parse_args(arguments))
-    command = given.pop("command")
     try:
-        return RUN[command](given)
+        if any(word.partition("=")[0] == "--token" for word in arguments):
+            raise SettingError("a token is no flag: set USERAPI_TOKEN or --token-file")
+        given = vars(build_parser().parse_args(arguments))
+        return RUN[given.pop("command")](given)
     except SettingError as fault:
         print(f"userapi: {fault}", file=sys.stderr)
         return 2
@@ -4202,6 +4293,9 @@ def add_settings(parser: Any, names: Sequence[str] | None) -> None:
 
 
 def run_serve(given: Item) -> int:
+    settings = Settings(given)
+    if not settings.token and not os.path.exists(settings.db):
+        refuse_exposed(settings)  # before a database is made
     serve(UserAPI(**given))
     return 0
 
@@ -4216,12 +4310,12 @@ class Progress:
     def __init__(self, unit: str, total: int) -> None:
         self.unit, self.total = unit, total
         self.began = self.shown = time.monotonic()
-        self.count = 0
+        self.count = 0  # units done; the total may be of something else, as bytes
         self.active = sys.stderr.isatty()
 
-    def show(self, done: int) -> None:
-        """Tell that so many of the total are done."""
-        self.count += 1
+    def show(self, count: int, done: int | None = None) -> None:
+        """Tell that `count` units are done, which is `done` of the total."""
+        self.count, done = count, count if done is None else done
         now = time.monotonic()
         if not self.active or now - self.shown < 0.1:
             return
@@ -4253,7 +4347,7 @@ def run_import(given: Item) -> int:
 
         def watch(line: int) -> None:
             if progress.active:
-                progress.show(file.tell() if size else 0)
+                progress.show(progress.count + 1, file.tell() if size else 0)
 
         with store.transaction(keep=not given["dry_run"]):
             counts = import_users(
@@ -4281,13 +4375,12 @@ def run_export(given: Item) -> int:
     members = CSV_MEMBERS if media == CSV else VIEWS["v2"]
     progress = Progress("rows", store.count_users())
 
-    def watched(pages: Pages) -> Iterator[list[Any]]:
+    def watched(pages: Iterable[Page]) -> Iterator[Page]:
         for page in pages:
-            progress.count += len(page)
-            progress.show(progress.count)
+            progress.show(progress.count + page.size)
             yield page
 
-    pages = watched(store.pages(select_sql(media, members), Query()))
+    pages = watched(read_pages(store, media, members, Query()))
     chunks = CHUNKS[media](pages, members, "")
     if path == "-":
         for chunk in chunks:
@@ -4308,7 +4401,6 @@ def run_backup(given: Item) -> int:
 
     def show(done: int, total: int) -> None:
         progress.total = total
-        progress.count = done
         progress.show(done)
 
     given_store(given).backup(given["file"], show)
@@ -4357,3 +4449,7 @@ RUN: dict[str, Callable[[Item], int]] = {
     "openapi": lambda given: run_document(openapi()),
     "postman": lambda given: run_document(postman()),
 }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
