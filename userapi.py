@@ -665,6 +665,7 @@ def fold(value: str) -> str:
 # ── Store ─────────────────────────────────────────────────────────────────────────
 
 APPLICATION_ID = 0x75736572  # "user", in the file's header
+QUICK_CHECK = 32 << 20  # bytes up to which a database is checked when it is opened
 PAGE_ROWS = 500  # rows read at a time when all users are read
 SORTS = {"id": "user_id", "name": "name_fold", "mail": "mail_fold"}
 SORTS.update(created="created", updated="updated")
@@ -761,6 +762,8 @@ MIGRATIONS = (
         f" UPDATE users SET version = version + 1, updated = {_NOW},"
         " name_fold = lower(user_name), mail_fold = lower(user_mail)"
         " WHERE user_id = NEW.user_id; "
+        + log_sql("delete", "OLD.user_id", "'[]' WHERE NEW.user_id <> OLD.user_id")
+        + "; "
         + log_sql(
             "update",
             "NEW.user_id",
@@ -917,7 +920,7 @@ class Store:
         self._lock = threading.RLock() if self.memory else contextlib.nullcontext()
         self._scope = Scope()
         self._pool: list[sqlite3.Connection] = []
-        self._pid, self._left_to_parent = os.getpid(), self._pool
+        self._pid = os.getpid()
         self._group: sqlite3.Connection | None = None
         self._group_thread = 0
         self._group_fault: Problem | None = None
@@ -935,58 +938,55 @@ class Store:
     # Opening
 
     def _refuse_foreign(self) -> None:
-        """Refuse what is no database of ours, before anything could change it."""
+        """Refuse what is no database of ours, before anything could change it.
+
+        SQLite reads it even here: to close a descriptor of our own would drop the
+        locks that other connections of this process hold on the file (POSIX).
+        """
         try:
-            size = os.path.getsize(self.path)
-            with open(self.path, "rb") as file:
-                head = file.read(100)
+            size = os.stat(self.path).st_size
         except FileNotFoundError:
             return
         except OSError as fault:
             raise Problem(503, f"cannot be read: {reason(fault)}") from None
-        beside = [
-            end for end in ("-wal", "-journal") if os.path.exists(self.path + end)
-        ]
-        if size == 0 and not beside:
-            return
-        if size == 0:
+        ends = ("-wal", "-journal")
+        beside = [end for end in ends if os.path.exists(self.path + end)]
+        if size == 0 and beside:
             raise Problem(503, f"is empty, but a {beside[0]} file stands beside it")
-        if len(head) < 100 or head[:16] != b"SQLite format 3\0":
-            raise Problem(503, "is not a SQLite database")
-        version = int.from_bytes(head[60:64], "big")
-        application = int.from_bytes(head[68:72], "big")
-        if application not in (0, APPLICATION_ID) or not application and version:
-            raise Problem(503, "is another program's database")
-        if version > len(MIGRATIONS):
-            raise Problem(503, "was written by a newer userapi")
-        if "-journal" not in beside:  # else only a writer can open it
-            self._examine(application == APPLICATION_ID, size)
-
-    def _examine(self, ours: bool, size: int) -> None:
-        """Look into the file without writing to it."""
-        # without a -wal the file alone is whole, and a -shm need not be made
-        there = os.path.exists(f"{self.path}-wal")
+        if os.path.isdir(self.path):
+            raise Problem(503, "is a folder")
+        if size == 0 or "-journal" in beside:  # new, or only a writer can open it
+            return
+        # without a -wal the file alone is whole, and nothing need be made beside it
+        mode = "mode=ro" if beside else "immutable=1"
         try:
-            with contextlib.closing(
-                self._open("mode=ro" if there else "immutable=1")
-            ) as db:
-                tables = [name for (name,) in db.execute(TABLES_SQL)]
-                columns = [row[1] for row in db.execute("PRAGMA table_info(users)")]
-                whole = [("ok",)]
-                if size < 32 << 20:
-                    whole = db.execute("PRAGMA quick_check(1)").fetchall()
+            with contextlib.closing(self._open(mode)) as db:
+                self._examine(db, size)
         except sqlite3.OperationalError as fault:
             if "unable to open" in str(fault) or "readonly" in str(fault):
                 return  # on read-only media: _prepare finds out
             raise Problem(503, database_problem(fault).detail) from None
-        except sqlite3.Error:
-            raise Problem(503, "is damaged") from None
-        if whole != [("ok",)] or ours and "changes" not in tables:
+        except sqlite3.DatabaseError as fault:
+            what = "no SQLite database" if "not a database" in str(fault) else "damaged"
+            raise Problem(503, f"is {what}") from None
+
+    def _examine(self, db: sqlite3.Connection, size: int) -> None:
+        """Raise Problem 503 where the file is another's, newer, or damaged."""
+        ((application,),) = db.execute("PRAGMA application_id")
+        ((version,),) = db.execute("PRAGMA user_version")
+        tables = [name for (name,) in db.execute(TABLES_SQL)]
+        columns = [row[1] for row in db.execute("PRAGMA table_info(users)")]
+        ours = application == APPLICATION_ID
+        original = not application and not version and tables in ([], ["users"])
+        if not ours and not (original and columns in ([], ORIGINAL)):
+            raise Problem(503, "is another program's database")
+        if version > len(MIGRATIONS):
+            raise Problem(503, "was written by a newer userapi")
+        whole = "changes" in tables or not ours
+        if size < QUICK_CHECK and whole:
+            whole = db.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]
+        if not whole:
             raise Problem(503, "is damaged")
-        if tables and columns[:3] != ORIGINAL:
-            raise Problem(503, "is another program's database")
-        if not ours and tables and (tables != ["users"] or columns != ORIGINAL):
-            raise Problem(503, "is another program's database")
 
     def _open(self, mode: str) -> sqlite3.Connection:
         import pathlib
@@ -1088,7 +1088,8 @@ class Store:
 
     def _take(self) -> sqlite3.Connection:
         if self._pid != os.getpid():  # no connection crosses a fork
-            self._pid, self._left_to_parent, self._pool = os.getpid(), self._pool, []
+            self._parents_pool = self._pool  # kept, as to close it would drop locks
+            self._pid, self._pool = os.getpid(), []
         try:
             return self._pool.pop()
         except IndexError:
@@ -1264,13 +1265,6 @@ class Store:
         if shown is None:
             raise no_user(id)
         return dict(json.loads(shown[0]))
-
-    def get_version(self, id: int) -> int:
-        """A user's version, its ETag. Raises Problem 404."""
-        found = self.rows("SELECT version FROM users WHERE user_id = ?", (id,))
-        if not found:
-            raise no_user(id)
-        return int(found[0][0])
 
     def pages(self, select: str, query: Query, joint: str = "") -> Iterator[Page]:
         """The users that the query finds: one page with its limit, else page by page.
@@ -1931,6 +1925,7 @@ BOM = b"\xef\xbb\xbf"
 BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
 FORMULA = re.compile(r"'*[=+\-@\t\r]")
 MAX_CHANGES = 100_000  # rows of the log in an answer without limit
+TURN = 20  # seconds that an event stream keeps a thread of another server
 HEARTBEAT = 15  # seconds of silence after which an event stream says that it lives
 
 
@@ -2480,7 +2475,8 @@ def read_pages(
     """Users in the form that this format's chunks are made of."""
     select = view_sql(members)
     if media == CSV:
-        select = ", ".join(USER.by_name[name].column for name in members)
+        columns = [USER.by_name[name].column for name in members]
+        select = ", ".join(f"CAST({column} AS TEXT)" for column in columns)
     return store.pages(select, query, JOINTS[media])
 
 
@@ -2813,10 +2809,11 @@ def events(call: Call, since: int | None) -> Iterator[bytes]:
     """The changes after `since` as server-sent events, for as long as they are read.
 
     An empty chunk means: nothing yet, ask me again shortly. A server that does not
-    know that would ask at once; under it the thread waits.
+    know that would ask at once; under it the thread waits, and is given back after a
+    while, as such a server does not notice either that the client has gone.
     """
     ours, pause = "userapi.server" in call.environ, threading.Event()
-    silent = time.monotonic()
+    began = silent = time.monotonic()
     yield b"retry: 1000\n\n"
     while True:
         try:
@@ -2836,6 +2833,8 @@ def events(call: Call, since: int | None) -> Iterator[bytes]:
             yield b""
             if not ours:
                 pause.wait(0.25)
+        if not ours and time.monotonic() - began > TURN:
+            return
 
 
 @operation("GET", "/", answers=(HTML,))
@@ -3208,7 +3207,7 @@ class UserAPI:
         call.operation = found
         read_params(call, found)
         accept = call.header("ACCEPT")
-        if accept is not None and "format" not in call.params:
+        if accept and "format" not in call.params:
             media = negotiate(accept, found.answers)
             if media is None:
                 raise Problem(406, f"there is {', '.join(found.answers)}")
@@ -3387,7 +3386,6 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])")
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 ALONE = frozenset(("HTTP_HOST", "CONTENT_LENGTH", "CONTENT_TYPE", "HTTP_AUTHORIZATION"))
-TARGET = re.compile(r"[^#]*")
 READ_SIZE = 256 * 1024  # bytes that a connection may have read ahead
 WAKE = 0.2  # seconds after which a stream that had nothing is asked again
 GRACE = 5  # seconds that are left to what was begun when the server is told to stop
@@ -3499,7 +3497,7 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         self.ended = True
         if not self.busy and not self.paused:
-            self.transport.close()
+            self.work()
         return self.can_half_close()
 
     def can_half_close(self) -> bool:
@@ -3723,8 +3721,10 @@ class Connection(asyncio.Protocol):
         modern = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
         keep = environ["userapi.keep"] and not self.server.stopping
         whole = isinstance(body, list)
-        self.chunked = not whole and modern
-        if not whole and not modern:
+        sizes = [value for name, value in headers if name.lower() == "content-length"]
+        self.room = int(sizes[0]) if sizes and not whole else -1
+        self.chunked = not whole and modern and self.room < 0
+        if not whole and not self.chunked:
             keep = False
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
         breaks = (status + lines).count("\n"), (status + lines).count("\r")
@@ -3765,6 +3765,8 @@ class Connection(asyncio.Protocol):
             self.server.app.report(self.streamed)
             self.transport.abort()  # the client must see that it is not whole
             return
+        if chunk and self.room >= 0:  # never more than was announced
+            chunk = chunk[: self.room - self.streamed["userapi.sent"]] or None
         if chunk:
             self.streamed["userapi.sent"] += len(chunk)
             frame = b"%x\r\n%b\r\n" % (len(chunk), chunk) if self.chunked else chunk
@@ -3817,12 +3819,7 @@ class Connection(asyncio.Protocol):
         environ.update({"userapi.keep": False, "REMOTE_ADDR": self.peer})
         environ.setdefault("userapi.began", time.perf_counter())
         self.environ = None
-        answer = problem_answer(problem)
-        headers = [*answer.headers, *COMMON, ("Content-Security-Policy", POLICY)]
-        headers.append(("Content-Type", PROBLEM_JSON))
-        headers.append(("Content-Length", str(len(problem.body()))))
-        body = [b"" if environ["REQUEST_METHOD"] == "HEAD" else problem.body()]
-        self.answer(environ, (STATUS[problem.status], headers, body))
+        self.answer(environ, self.server.failed(problem, environ))
 
     def hang_up(self) -> None:
         """Half-close, and drop for a moment what still comes: a reset at once would
@@ -3840,7 +3837,8 @@ class Connection(asyncio.Protocol):
     # Deadlines
 
     def unsent(self) -> int:
-        return self.transport.get_write_buffer_size()
+        closing = self.transport.is_closing()
+        return 0 if closing else self.transport.get_write_buffer_size()
 
     def sweep(self, now: float) -> None:
         """Called every second: give up where a deadline has passed."""
@@ -3943,11 +3941,14 @@ class Server:
             self.loop.call_soon(self.flush)
 
     def failed(self, fault: BaseException, environ: Environ) -> Given:
+        """The answer where a problem came up outside of the application."""
         problem = fault if isinstance(fault, Problem) else self.app.report(environ)
-        body = problem.body()
-        headers = [*problem.headers, *COMMON, ("Content-Type", PROBLEM_JSON)]
-        headers.append(("Content-Length", str(len(body))))
-        return STATUS[problem.status], headers, [body]
+        body, more = problem.body(), [("Content-Security-Policy", POLICY)]
+        more.append(("Content-Type", PROBLEM_JSON))
+        more.append(("Content-Length", str(len(body))))
+        if environ["REQUEST_METHOD"] == "HEAD":
+            body = b""
+        return STATUS[problem.status], [*problem.headers, *COMMON, *more], [body]
 
     # Streams that wait
 
@@ -3968,6 +3969,7 @@ class Server:
     # Once a second
 
     def sweep(self) -> None:
+        self.sweeper = self.loop.call_later(1, self.sweep)
         now = time.monotonic()
         self.date = f"Date: {formatdate(usegmt=True)}\r\nServer: userapi\r\n"
         for connection in list(self.connections):
@@ -3975,7 +3977,6 @@ class Server:
         if self.store.waiting:
             self.flush()
         self.write_log()
-        self.sweeper = self.loop.call_later(1, self.sweep)
 
     # The access log
 
@@ -4063,8 +4064,6 @@ class Server:
             self.store.close_group()
         if self.logging:  # nobody takes the log: its thread would never end
             os._exit(0)
-        if self.lines:
-            write_text("\n".join(self.lines) + "\n")
 
     def handle_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -4100,7 +4099,10 @@ class Server:
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
             connection.transport.abort()
-        while self.committing or self.logging and time.monotonic() < end:
+        while (self.committing or self.logging) and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        self.write_log()
+        while self.logging and time.monotonic() < end:
             await asyncio.sleep(0.01)
 
 
