@@ -22,6 +22,7 @@ It is no general database server, no user directory with passwords, and no frame
 
 from __future__ import annotations
 
+import contextlib
 import marshal
 import os
 import sys
@@ -33,23 +34,24 @@ if (
 ):
     # To compile this file takes 10 MiB that the process never gives back: a fresh one
     # (of the same pid) goes on with the compiled code.
-    code = os.memfd_create("userapi", 0)
-    os.write(code, marshal.dumps((sys._getframe().f_code, sys.path, sys.argv)))
-    os.lseek(code, 0, os.SEEK_SET)
+    code = marshal.dumps((sys._getframe().f_code, sys.path, sys.argv))
+    file = os.memfd_create("userapi", 0)
     begin = (
         "import marshal, sys; m = sys.modules['__main__'] = type(sys)('__main__');"
-        f"c, sys.path[:], sys.argv[:] = marshal.load(open({code}, 'rb'));"
+        f"c, sys.path[:], sys.argv[:] = marshal.load(open({file}, 'rb'));"
         "m.__file__ = c.co_filename; del m.__spec__; exec(c, m.__dict__)"
     )
     flags = getattr(sys, "orig_argv", [*sys.argv, ""])[1 : -len(sys.argv)]
-    os.execv(sys.executable, [sys.executable, *flags, "-c", begin, *sys.argv])
+    with contextlib.suppress(OSError):  # under RLIMIT_FSIZE it may not fit
+        if os.write(file, code) == len(code):
+            os.lseek(file, 0, os.SEEK_SET)
+            os.execv(sys.executable, [sys.executable, *flags, "-c", begin, *sys.argv])
 
 import array
 import asyncio
 import base64
 import bisect
 import collections
-import contextlib
 import datetime
 import functools
 import hashlib
@@ -288,6 +290,7 @@ DATABASE_PROBLEMS = (
     ("unable to open", 503, "the database cannot be opened"),
     ("malformed", 503, "the database is damaged"),
     ("not a database", 503, "the database is damaged"),
+    ("no such column", 503, "the database is of an old version and read-only"),
 )
 
 
@@ -498,7 +501,7 @@ USER = Shape(
         Field(
             "mail",
             "Mail",
-            {"type": "string", "format": "email", "maxLength": 254, "pattern": MAIL},
+            {"type": "string", "maxLength": 254, "pattern": MAIL},
             "giertz@shittyrobots.loc",
             fault="is not a mail address",
             required=True,
@@ -664,6 +667,9 @@ def fold(value: str) -> str:
 
 # ── Store ─────────────────────────────────────────────────────────────────────────
 
+LOW = 8 << 20  # bytes free on the disk from which on each write is looked at
+SPARE = 1 << 20  # bytes of them that new pages never get: the log's
+DISK_FULL = "there is no room on the disk"
 APPLICATION_ID = 0x75736572  # "user", in the file's header
 QUICK_CHECK = 32 << 20  # bytes up to which a database is checked when it is opened
 PAGE_ROWS = 500  # rows read at a time when all users are read
@@ -926,6 +932,7 @@ class Store:
         self._group_fault: Problem | None = None
         self._group_changes: list[Item] = []
         self._touched: dict[str, str] = {}
+        self._low = False  # little room is left: look at each write
         if not self.memory:
             self._refuse_foreign()
         try:
@@ -1170,22 +1177,61 @@ class Store:
             return
         if not scope.grouped:
             try:
-                if db.in_transaction:
-                    db.execute("COMMIT" if keep else "ROLLBACK")
-            except sqlite3.Error:
+                if keep and db.in_transaction:
+                    self._require_room(db)
+                    db.execute("COMMIT")
+            finally:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
-                raise
-            finally:
+                self._make_room(db)
                 scope.connection = None
                 self._give(db)
         elif db.in_transaction:
             if not keep:
                 db.execute("ROLLBACK TO request")
+            elif self._low:
+                self._require_room(db)
             db.execute("RELEASE request")
             self._group_changes += scope.changes if keep else []
         else:  # SQLite rolled the whole group back
             self._group_fault = Problem(507, "there is no room on the disk")
+
+    # Room on the disk
+
+    def _room(self) -> int:
+        """Bytes that the file may grow by: on the disk, and by the process's limit."""
+        if self.memory or self.read_only or not hasattr(os, "statvfs"):
+            return sys.maxsize
+        import resource
+
+        disk = os.statvfs(os.path.dirname(self.path) or ".")
+        room = disk.f_bavail * disk.f_frsize
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if limit != resource.RLIM_INFINITY:
+            room = min(room, limit - os.path.getsize(self.path))
+        return room
+
+    def _require_room(self, db: sqlite3.Connection) -> None:
+        """Refuse new pages if a checkpoint would find no room for them: Problem 507.
+
+        They stand in the log first, hence twice. What adds no page passes, so that
+        deleting helps, and what it has freed can be used again.
+        """
+        if self.memory:
+            return
+        ((pages,),) = db.execute("PRAGMA page_count")
+        ((size,),) = db.execute("PRAGMA page_size")
+        growth = pages * size - os.path.getsize(self.path)
+        if growth > 0 and self._room() < 2 * growth + SPARE:
+            raise Problem(507, DISK_FULL, headers=[("Retry-After", "5")])
+
+    def _make_room(self, db: sqlite3.Connection) -> None:
+        """Where little room is left, give back what the log takes of it."""
+        room, log = self._room(), self.sizes().get("wal", 0)
+        self._low = room < LOW
+        if log and room < SPARE + 8 * log:
+            with contextlib.suppress(sqlite3.Error):
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def _announce(self, changes: list[Item]) -> None:
         for change in changes:  # there are none without on_change
@@ -1201,6 +1247,7 @@ class Store:
         self._group = self._connect()
         self._group.execute("PRAGMA busy_timeout = 0")
         self._group_thread = threading.get_ident()
+        self._make_room(self._group)
 
     def begin_group(self, wait: bool = False) -> bool:
         """Begin one; False where another program holds the lock. `wait` waits 5 s."""
@@ -1231,12 +1278,14 @@ class Store:
             if self._group_fault:
                 raise self._group_fault
             if db.in_transaction:
+                self._require_room(db)
                 db.execute("COMMIT")
         except sqlite3.Error as fault:
             raise database_problem(fault) from fault
         finally:
             if db.in_transaction:
                 db.execute("ROLLBACK")
+            self._make_room(db)
 
     def announce_group(self) -> None:
         """Tell `on_change` of what the last group kept."""
@@ -2840,7 +2889,8 @@ def events(call: Call, since: int | None) -> Iterator[bytes]:
 @operation("GET", "/", answers=(HTML,))
 def get_page(call: Call) -> Answer:
     """The admin page."""
-    return html_answer(page(call.prefix))
+    data = {"seq": call.store.last_seq(), "actor": call.actor}
+    return html_answer(page(call.prefix, **data, write=call.role == "admin"))
 
 
 @operation("GET", "/docs", answers=(HTML,))
@@ -2909,10 +2959,8 @@ class Resource(NamedTuple):
         return ", ".join([*self.operations, *more, "OPTIONS"])
 
 
-def build_router() -> bottle.Router:
-    """Every path of every version, as OPERATIONS has them, to its Resource."""
-    router = bottle.Router()
-    router.add_filter("id", lambda _: ("0*[1-9][0-9]{0,15}", int, str))
+def find_resources() -> dict[str, Resource]:
+    """Every path of every version, as OPERATIONS has them, to what is there."""
     found: dict[str, Resource] = {}
     for operation in OPERATIONS:
         versioned = operation.path.startswith(("/user", "/changes"))
@@ -2921,7 +2969,16 @@ def build_router() -> bottle.Router:
             path = base + operation.path
             resource = found.setdefault(path, Resource(base, view, {}))
             resource.operations[operation.method] = operation
-    for path, resource in found.items():
+    return found
+
+
+RESOURCES = find_resources()
+
+
+def build_router() -> bottle.Router:
+    router = bottle.Router()
+    router.add_filter("id", lambda _: ("0*[1-9][0-9]{0,15}", int, str))
+    for path, resource in RESOURCES.items():
         router.add(path, "GET", resource)
     return router
 
@@ -3354,10 +3411,280 @@ def has_surrogates(text: str) -> bool:
 
 # ── Contract ──────────────────────────────────────────────────────────────────────
 
+#: statuses that follow from what an operation is, beside the `problems` of its own
+ANYWHERE = (400, 403, 406, 408, 414, 417, 431, 500, 501, 503, 505)
+GUARDED, WITH_BODY = (401, 429), (411, 413, 415, 422)
+HOW = {"POST": "Create", "PUT": "Replace", "PATCH": "Merge"}
+PROBLEM_HEADERS = {401: "WWW-Authenticate", 405: "Allow", 415: "Accept"}
+PROBLEM_HEADERS.update(dict.fromkeys((429, 503, 507), "Retry-After"))
+TEXT: Item = {"type": "string"}
+SUCCESS: Item = {"code": {"const": 0}, "message": {"const": "SUCCESS"}}
+
+
+def ref(kind: str, name: str) -> Item:
+    return {"$ref": f"#/components/{kind}/{name}"}
+
+
+def closed(
+    properties: Item, required: Sequence[str] | None = None, **more: Any
+) -> Item:
+    """The schema of an object with these members and no others."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties if required is None else required),
+        "additionalProperties": False,
+        **more,
+    }
+
+
+def schema_name(shape: Shape, view: str, how: str = "") -> str:
+    return shape.name.title() + (view.upper() if shape is USER else "") + how
+
+
+def shown_schema(shape: Shape, view: str) -> Item:
+    """What is shown of a user or row; what older programs stored keeps no patterns."""
+    properties = {}
+    for field in members_of(shape, view):
+        kept = {k: v for k, v in field.schema.items() if k in ("type", "format")}
+        if field.rows:
+            kept["items"] = ref("schemas", schema_name(SHAPES[field.rows], view))
+        properties[field.name] = {**kept, "title": field.title}
+    return closed(properties, [] if shape is USER else None)
+
+
+def members_of(shape: Shape, view: str) -> list[Field]:
+    return [f for f in shape.fields if shape is not USER or f.name in VIEWS[view]]
+
+
+def item_schema(shape: Shape, view: str, how: str) -> Item:
+    """What may be sent of a user or row in this way (HOW, with Many: each in a list)."""
+    partial, many = how.startswith("Merge"), how.endswith("Many")
+    properties, required = {}, []
+    for field in members_of(shape, view):
+        sent = {**field.schema, "title": field.title}
+        if field.rows:
+            sent["items"] = ref(
+                "schemas", schema_name(SHAPES[field.rows], "", "Create")
+            )
+        if field.read_only or field.name == "id" and not many and how != "Create":
+            sent["readOnly"] = True
+        elif field.name == "id" and many or field.required and not partial:
+            required.append(field.name)
+        elif partial and not field.required:
+            sent["type"] = [sent["type"], "null"]
+        properties[field.name] = sent
+    some = [
+        {"required": [name], "properties": {name: {"minLength": 1}}}
+        for name in shape.one_of
+    ]
+    if partial and some:
+        some.append({"not": {"anyOf": [{"required": [n]} for n in shape.one_of]}})
+    return closed(properties, required, **({"anyOf": some} if some else {}))
+
+
+def example_item(shape: Shape, view: str, how: str) -> Item:
+    fields = [f for f in shape.columns if shape is not USER or f.name in VIEWS[view]]
+    if how.startswith("Merge"):
+        fields = fields[-1:]
+    item = {"id": 1} if how.endswith("Many") else {}
+    return {**item, **{field.name: field.example for field in fields}}
+
+
+def example_shown(shape: Shape, view: str) -> Item:
+    rows = {
+        f.name: [example_shown(SHAPES[f.rows], view)] if f.rows else f.example
+        for f in members_of(shape, view)
+    }
+    return rows
+
+
+def body_of(found: Operation, view: str) -> Item:
+    """The request body of an operation, in each media type that it takes."""
+    shape, how = {"user": USER, **SHAPES}[found.shape], HOW[found.method]
+    one = closed({"item": ref("schemas", schema_name(shape, view, how))})
+    listed = ref("schemas", schema_name(shape, view, how + "Many" * (how != "Create")))
+    many = closed({"items": {"type": "array", "minItems": 1, "items": listed}})
+    schema, example = one, {"item": example_item(shape, view, how)}
+    if found.bulk:
+        schema = {"oneOf": [one, many]} if how == "Create" else many
+    if found.bulk and how != "Create":
+        example = {"items": [example_item(shape, view, how + "Many")]}
+    content: Item = {}
+    for media in found.takes:
+        content[media] = {"schema": schema, "example": example}
+    row = [f.example for f in USER.fields if f.csv]
+    if CSV in content:
+        told = csv_lines([CSV_MEMBERS, row]).decode()
+        content[CSV] = {"schema": TEXT, "example": told}
+    if NDJSON in content:
+        told = to_json(example["item"]).decode() + "\n"
+        content[NDJSON] = {"schema": TEXT, "example": told}
+    return {"required": True, "content": content}
+
+
+def answer_of(found: Operation, view: str) -> tuple[Item, Any]:
+    """Schema and example of what an operation answers with in JSON."""
+    if not found.path.startswith("/user"):
+        return {"type": "object"}, None
+    shape = {"user": USER, **SHAPES}[found.shape]
+    results = {"type": "array", "items": ref("schemas", schema_name(shape, view))}
+    shown = [example_shown(shape, view)]
+    if found.method == "GET":
+        properties: Item = {"results": results}
+        if "limit" in found.params:
+            properties["total"] = {"type": "integer", "minimum": 0}
+            properties["next"] = {"type": ["string", "null"], "format": "uri-reference"}
+        return closed(properties, ["results"]), {"results": shown}
+    done = {"code": 0, "message": "SUCCESS"}
+    if found.method == "DELETE":
+        return closed(SUCCESS), done
+    schema = closed({**SUCCESS, "results": results})
+    if CSV in found.takes:
+        counts = {n: {"type": "integer", "minimum": 0} for n in Saved._fields}
+        schema = {"anyOf": [schema, closed({**SUCCESS, **counts})]}
+    return schema, {**done, "results": shown}
+
+
+def statuses_of(found: Operation) -> list[int]:
+    """The statuses of the problems that an operation can answer."""
+    statuses = {*ANYWHERE, *found.problems}
+    if found.path != "/health":
+        statuses.update(GUARDED)
+    if found.takes:
+        statuses.update(WITH_BODY)
+    if found.writes:
+        statuses.add(507)
+        if 412 in statuses and not found.bulk:
+            statuses.add(428)
+        if found.path == "/user/<id:id>":
+            statuses.add(405)  # what is at /user/0 has no such method
+    elif found.path.startswith("/user"):
+        statuses.add(412)
+    return sorted(statuses)
+
+
+def parameters_of(found: Operation, path: str, view: str) -> list[Item]:
+    """The parameters of an operation: of its path, its query and its header."""
+    least = 0 if found.method == "GET" and found.path == "/user/<id:id>" else 1
+    parameters: list[Item] = []
+    for name in re.findall("{(.+?)}", path):
+        schema = {**ID, "minimum": least if name == "id" else 1}
+        parameters.append(
+            {"name": name, "in": "path", "required": True, "schema": schema}
+        )
+    for name in found.params:
+        schema, told = PARAMS[name].schema, PARAMS[name].help
+        if name == "fields":
+            schema = {"type": "array", "items": {"enum": list(VIEWS[view])}}
+            schema["minItems"] = 1
+        parameter = {"name": name, "in": "query", "schema": schema, "description": told}
+        if schema["type"] == "array":
+            parameter.update(style="form", explode=False)
+        if name == "id":
+            parameter["required"] = True
+        parameters.append(parameter)
+    if not found.writes and found.path.startswith("/user"):
+        parameters.append({"name": "If-None-Match", "in": "header", "schema": TEXT})
+    return parameters
+
+
+def describe(found: Operation, path: str, resource: Resource) -> Item:
+    """The OpenAPI operation that an operation is at a resource."""
+    schema, example = answer_of(found, resource.view)
+    content: Item = {}
+    for media in found.answers:
+        if media == JSON:
+            content[JSON] = {"schema": schema}
+            if example is not None:
+                content[JSON]["example"] = example
+        else:
+            content[media.split(";")[0]] = {"schema": TEXT}
+    names = ["Idempotency-Replayed"] if found.method == "POST" else []
+    if found.path.startswith("/user") and found.method != "DELETE":
+        names.append("ETag")
+    if found.status == 201:
+        names.append("Location")
+    if "limit" in found.params:
+        names.append("Link")
+    headers = {name: ref("headers", name) for name in names}
+    told = STATUS[found.status].partition(" ")[2]
+    success = {"description": told, "content": content, "headers": headers}
+    responses: Item = {str(found.status): success}
+    if not found.writes and found.path.startswith("/user"):
+        responses["304"] = {"description": "Not Modified"}
+    for status in statuses_of(found):
+        responses[str(status)] = ref("responses", f"Problem{status}")
+    operation: Item = {
+        "operationId": found.name + resource.base[4:].replace("/", "_"),
+        "summary": found.summary,
+        "tags": [{"user": USER, **SHAPES}[found.shape].plural],
+        "parameters": parameters_of(found, path, resource.view),
+        "responses": responses,
+    }
+    if found.takes:
+        operation["requestBody"] = body_of(found, resource.view)
+    return operation
+
+
+def schemas() -> Item:
+    """The component schemas: each shape as it is shown, and as it may be sent."""
+    problem: Item = {"code": {"const": 1}, "message": {"const": "FAILURE"}}
+    problem.update(type=TEXT, title=TEXT, status={"type": "integer"}, detail=TEXT)
+    fault = {name: TEXT for name in ("pointer", "parameter", "header", "detail")}
+    fault["line"] = {"type": "integer"}
+    required = list(problem)
+    problem["errors"] = {"type": "array", "items": closed(fault, ["detail"])}
+    found = {"Problem": {**closed(problem, required), "additionalProperties": True}}
+    hows = ("Create", "Replace", "ReplaceMany", "Merge", "MergeMany")
+    for view in VIEWS:
+        for shape in (USER, *SHAPES.values()):
+            found[schema_name(shape, view)] = shown_schema(shape, view)
+            for how in hows:
+                name = schema_name(shape, view, how)
+                found[name] = item_schema(shape, view, how)
+    return found
+
+
+def problem_response(status: int) -> Item:
+    title, told = PROBLEMS[status]
+    example = json.loads(Problem(status, told).body())
+    content = {"schema": ref("schemas", "Problem"), "example": example}
+    response: Item = {"description": f"{title}: {told}."}
+    response["content"] = {PROBLEM_JSON: content}
+    if status in PROBLEM_HEADERS:
+        name = PROBLEM_HEADERS[status]
+        response["headers"] = {name: ref("headers", name)}
+    return response
+
 
 def openapi(prefix: str = "") -> Item:
-    """The OpenAPI 3.1 document."""
-    return {"openapi": "3.1.0"}
+    """The OpenAPI 3.1 document: every operation of every version, out of the tables."""
+    paths: Item = {}
+    for route, resource in RESOURCES.items():
+        path = re.sub("<(.+?):id>", r"{\1}", route)
+        paths[path] = {
+            method.lower(): describe(found, path, resource)
+            for method, found in resource.operations.items()
+        }
+    names = ("ETag", "Location", "Link", "Idempotency-Replayed")
+    headers = {name: {"schema": TEXT} for name in (*names, *PROBLEM_HEADERS.values())}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "userapi", "version": __version__},
+        "servers": [{"url": prefix or "/"}],
+        "security": [{}, {"bearer": []}, {"basic": []}],
+        "paths": paths,
+        "components": {
+            "schemas": schemas(),
+            "responses": {f"Problem{n}": problem_response(n) for n in PROBLEMS},
+            "headers": headers,
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "basic": {"type": "http", "scheme": "basic"},
+            },
+        },
+    }
 
 
 def postman(url: str = "http://127.0.0.1:8080") -> Item:
@@ -3365,15 +3692,694 @@ def postman(url: str = "http://127.0.0.1:8080") -> Item:
     return {"info": {}}
 
 
-# ── Page ──────────────────────────────────────────────────────────────────────────
-
-
-def page(prefix: str) -> tuple[str, str]:
-    return "<!doctype html><title>userapi</title>", POLICY
-
-
 def reference(prefix: str) -> tuple[str, str]:
     return "<!doctype html><title>userapi</title>", POLICY
+
+
+# ── Page ──────────────────────────────────────────────────────────────────────────
+
+PAGE_STYLE = r"""
+:root { --bg: #fbfbfa; --top: #fff; --ink: #1d1e22; --soft: #62656d; --line: #e8e8e5;
+  --edge: #c6c7c9; --hover: #f2f2ef; --accent: #3b56c8; --on: #fff; --red: #b3261e;
+  --bar: 4rem; --side: max(1rem, calc(50vw - 38rem)); color-scheme: light dark;
+  scroll-padding: 8rem 0 6rem; }
+@media (prefers-color-scheme: dark) { :root { --bg: #131417; --top: #1b1c20;
+  --ink: #e8e8eb; --soft: #9da0a9; --line: #282a2f; --edge: #484b53; --hover: #1e2024;
+  --accent: #94a8ff; --on: #10142a; --red: #ff8d83; } }
+* { box-sizing: border-box; }
+body { margin: 0 var(--side); background: var(--bg); color: var(--ink);
+  font: 0.9375rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1, h2 { font-size: 1.125rem; font-weight: 600; margin: 0; }
+a { color: var(--accent); }
+button, select, input:not([type="checkbox"], [type="radio"]) { height: 2.375rem;
+  padding: 0 0.875rem; font: inherit; color: inherit; background: var(--top);
+  border: 1px solid var(--edge); border-radius: 8px; white-space: nowrap; }
+button { cursor: pointer; font-weight: 500; }
+button:hover { background: var(--hover); }
+button:disabled { opacity: 0.5; }
+.primary, .primary:hover { background: var(--accent); border-color: transparent;
+  color: var(--on); }
+.danger, .error { color: var(--red); }
+:focus-visible, .drop:focus-within { outline: 2px solid var(--accent) !important;
+  outline-offset: 2px; }
+input[type="checkbox"], input[type="radio"] { accent-color: var(--accent); margin: 0;
+  width: 1.0625rem; height: 1.0625rem; vertical-align: -0.1875rem; }
+[hidden], #state:empty, .reader .write, .out :is(.bar, table) { display: none !important; }
+
+.bar { position: sticky; top: 0; z-index: 2; height: var(--bar); background: var(--bg);
+  display: flex; flex-wrap: wrap; gap: 0 0.75rem; place-content: center start;
+  align-items: center; }
+#count, #about, #state, #ask-text { color: var(--soft); font-variant-numeric: tabular-nums; }
+#search { width: 22rem; margin-inline-start: auto; }
+#list { width: 100%; border-spacing: 0; table-layout: fixed; margin-bottom: 6rem; }
+#list thead { position: sticky; top: var(--bar); z-index: 1; background: var(--bg); }
+#list :is(th, td) { height: 3rem; padding: 0 0.75rem; border-bottom: 1px solid var(--line);
+  color: var(--soft); font-weight: 400; text-align: left; white-space: nowrap;
+  overflow: hidden; text-overflow: ellipsis; }
+#list th { height: 2.5rem; font-size: 0.8125rem; }
+#list th:first-child { width: 2.75rem; }
+#list th:nth-child(2) { width: 25%; }
+#list th:nth-child(3) { width: 30%; }
+#list th:last-child { width: 8.5rem; }
+#list button { all: unset; cursor: pointer; border-radius: 3px; }
+#list [aria-sort="ascending"] button::after { content: " ↑"; }
+#list [aria-sort="descending"] button::after { content: " ↓"; }
+#list .user { cursor: pointer; }
+#list .user button { color: var(--ink); font-weight: 500; }
+#list .user:is(:hover, :focus-within, :has(:checked)) { background: var(--hover); }
+#list [aria-hidden] td { padding: 0; border: 0; height: 0; }
+#list[aria-busy="true"] tbody { opacity: 0.6; transition: opacity 0.2s 0.3s; }
+.changed { animation: changed 2s; }
+@keyframes changed { from { background: color-mix(in srgb, var(--accent) 14%, var(--bg)); } }
+#state { text-align: center; padding: 4rem 1rem; }
+#state h2 { color: var(--ink); }
+
+#bulk, #toast, #menu { position: fixed; z-index: 3; background: var(--top); color: inherit;
+  border: 1px solid var(--line); border-radius: 12px; box-shadow: 0 8px 30px #0003; }
+#bulk, #toast { bottom: 1.25rem; left: 50%; translate: -50%; width: max-content;
+  max-width: calc(100vw - 1rem); padding: 0.5rem 0.75rem; display: flex; flex-wrap: wrap;
+  gap: 0.5rem; align-items: center; justify-content: center; }
+#toast { bottom: 5.25rem; min-height: 3.375rem; }
+#toast:empty { opacity: 0; pointer-events: none; }
+#menu { inset: 3.5rem var(--side) auto auto; margin: 0; padding: 0.375rem; }
+#menu > * { display: block; width: 14rem; padding: 0.4375rem 0.75rem; border: 0;
+  border-radius: 8px; text-align: start; color: inherit; text-decoration: none;
+  font-weight: 400; }
+#menu > :hover { background: var(--hover); }
+dialog { width: min(36rem, calc(100vw - 1rem)); max-height: calc(100dvh - 1rem);
+  padding: 0; border: 1px solid var(--line); border-radius: 16px; color: inherit;
+  background: var(--top); box-shadow: 0 20px 60px #0004; }
+dialog::backdrop { background: #0006; }
+dialog form { padding: 1.5rem 1.5rem 0; }
+dialog h2 { margin-bottom: 1rem; }
+dialog footer { display: flex; flex-wrap: wrap; gap: 0.5rem; justify-content: end;
+  position: sticky; bottom: 0; margin: 1.25rem -1.5rem 0; padding: 0.875rem 1.5rem;
+  background: var(--top); border-top: 1px solid var(--line); }
+#delete { margin-inline-end: auto; }
+.field { display: block; font-size: 0.8125rem; color: var(--soft); margin-bottom: 0.75rem; }
+.field :is(input, select) { display: block; width: 100%; margin-top: 0.25rem;
+  font-size: 1rem; color: var(--ink); }
+[aria-invalid="true"] { border-color: var(--red) !important; }
+fieldset { border: 0; padding: 0; margin: 1.25rem 0 0; }
+legend { font-weight: 600; padding: 0 0 0.5rem; }
+.item { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr));
+  gap: 0 0.75rem; position: relative; padding: 0.75rem 3rem 0 0.75rem; margin-bottom: 0.5rem;
+  border: 1px solid var(--line); border-radius: 10px; }
+.item > button { position: absolute; right: 0.25rem; top: 0.25rem; border: 0; }
+.item > .error { grid-column: 1 / -1; }
+.drop { display: block; position: relative; padding: 2rem 1rem; margin-bottom: 1rem;
+  text-align: center; border: 2px dashed var(--edge); border-radius: 12px; }
+.drop input { position: absolute; inset: 0; width: 100%; opacity: 0; }
+progress { width: 100%; accent-color: var(--accent); }
+#report { max-height: 14rem; overflow: auto; }
+dialog table { width: 100%; border-spacing: 0; }
+dialog :is(td, th) { padding: 0.375rem 1rem 0.375rem 0; text-align: start;
+  vertical-align: top; font-weight: 400; }
+#clash table { table-layout: fixed; }
+#clash label { display: flex; gap: 0.5rem; white-space: pre-line; }
+#clash input { flex: none; margin-top: 0.1875rem; }
+dl { display: grid; grid-template-columns: 4rem 1fr; gap: 0.5rem; }
+dd { margin: 0; }
+kbd { font: inherit; border: 1px solid var(--edge); border-radius: 6px; padding: 0 0.5rem; }
+@media (max-width: 60rem) { #list :is(th, td):nth-child(6) { display: none; } }
+@media (max-width: 42rem) {
+  :root { --bar: 6.75rem; scroll-padding-top: 10rem; }
+  .bar { gap: 0.5rem; }
+  #search { order: 1; width: 100%; }
+  #more { margin-inline-start: auto; }
+  #list, #list :is(thead, tbody) { display: block; }
+  #list tr { display: grid; grid-template-columns: 2.25rem minmax(0, 1fr) auto; }
+  #list thead tr { display: flex; gap: 1.25rem; border-bottom: 1px solid var(--line); }
+  #list :is(th, td) { border: 0; padding: 0; width: auto; align-content: center; }
+  #list th:nth-child(n + 4) { display: none; }
+  #list .user { height: 4rem; padding: 0.375rem 0; border-bottom: 1px solid var(--line); }
+  #list .user td { height: auto; }
+  #list td:first-child { grid-row: 1 / 3; }
+  #list td:nth-child(3) { grid-area: 2 / 2; }
+  #list td:nth-child(n + 4) { grid-area: 2 / 3; max-width: 8.5rem; padding-left: 0.75rem;
+    text-align: right; }
+  #list td:nth-child(5) { grid-row: 1; }
+}
+@media (prefers-reduced-motion: reduce) { * { animation: none !important;
+  transition: none !important; } }
+"""
+
+PAGE_SCRIPT = r"""
+"use strict";
+const $ = (id) => document.getElementById(id), data = JSON.parse($("data").textContent);
+const home = location.origin + data.base, api = home + "/api/v2/user";
+const SIZE = 100; // users a page; at most four pages are in the document at a time
+const body = $("rows"), search = $("search"), selected = new Map(), changed = new Set();
+let q, sort, pages, origin, counted, total = 0, rows = new Map(), seq = data.seq || 0;
+let stream, timer, typing, undo, user, controls, start, places, sent, file, kind;
+
+const show = (id, ...parts) => $(id).replaceChildren(...parts);
+const named = (one) => make("bdi", {}, one.name);
+const match = (one) => ({ "If-Match": `"${one.version}"` });
+const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
+function make(tag, properties, ...children) {
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
+}
+async function call(method, url, body, headers = {}) {
+  if (body) headers = { "Content-Type": "application/json", ...headers };
+  const got = await fetch(url, { method, headers, body }).catch(() => Response.error());
+  const result = await got.json().catch(() => ({})), { errors = [], detail } = result;
+  if (got.ok) return result;
+  const fault = new Error(detail || "The server did not answer. Try again.");
+  throw Object.assign(fault, { status: got.status, errors });
+}
+function answer(id) { // of a dialog: the value of the button that closed it
+  $(id).returnValue = "";
+  if (!$(id).open) $(id).showModal();
+  return new Promise((done) => ($(id).onclose = () => done($(id).returnValue)));
+}
+function say(parts, back) { // a passing message, with an undo while it lasts
+  undo = back && (() => back(say([])));
+  show("toast", ...parts, ...(back ? [make("button", { onclick: undo }, "Undo")] : []));
+  clearTimeout(say.timer);
+  if (parts.length) say.timer = setTimeout(say, 15000, []);
+}
+function note(title, text, label, onclick) { // in the list's place: what is, what to do
+  const button = make("button", { onclick }, label);
+  show("state", make("h2", {}, title), make("p", {}, text), button);
+}
+
+// The list: pages follow each other by cursor, those near the view are in the document.
+const query = (more) => `${api}?${new URLSearchParams({ ...(q && { q }), sort, ...more })}`;
+const room = () => make("tr", { ariaHidden: "true" }, make("td", {}));
+const above = room(), below = room();
+function restart() {
+  const asked = new URLSearchParams(location.search);
+  [q, sort] = [asked.get("q") || "", asked.get("sort") || "name"];
+  if (search.value.trim() !== q) search.value = q;
+  for (const { dataset, parentNode } of document.querySelectorAll("[data-sort]"))
+    parentNode.ariaSort = sort === dataset.sort ? "ascending"
+      : sort === "-" + dataset.sort ? "descending" : "none";
+  for (const format of ["csv", "ndjson"]) $(format).href = query({ format });
+  [pages, origin, counted] = [[{}], 0, false];
+  layout();
+}
+function go(change, replace) { // to another search or order, which the address holds
+  const now = Object.entries({ q, sort, ...change }).filter(([, v]) => v && v !== "name");
+  const url = "?" + new URLSearchParams(now);
+  history[replace ? "replaceState" : "pushState"](0, "", url);
+  scrollTo(0, 0);
+  restart();
+}
+async function load(at) {
+  const list = pages, page = pages[at], after = page.after && { after: page.after };
+  const url = query({ limit: SIZE, ...after, ...(!counted && { count: true }) });
+  page.fresh = counted = true;
+  const got = await call("GET", url).catch((fault) => fault);
+  if (pages !== list || pages[at] !== page) return; // an older answer never wins
+  if (got.errors) return note("No list", got.message, "Try again", restart);
+  [page.rows, total] = [got.results, got.total ?? total];
+  const next = got.next && new URL(got.next, api).searchParams.get("after");
+  if (!next) pages.length = at + 1;
+  else if (pages[at + 1]?.after !== next)
+    pages[at + 1] = { after: next, rows: pages[at + 1]?.rows };
+  layout();
+}
+function layout() {
+  const tall = SIZE * (body.querySelector(".user")?.offsetHeight || 48);
+  const seen = Math.floor((scrollY - body.offsetTop) / tall), last = pages.length - 1;
+  const at = Math.max(0, Math.min(last, seen)), first = Math.max(0, at - 1);
+  const near = pages.slice(first, at + 3), users = new Map();
+  near.forEach((page, i) => page.fresh || load(first + i));
+  $("list").ariaBusy = !pages[at].rows;
+  if (!last && !pages[0].rows) return; // the former list stays until this one is here
+  for (const page of pages) if (!near.includes(page)) page.rows = page.fresh = null;
+  near.forEach((page, i) => page.rows?.forEach((one, n) =>
+    users.set(one.id, row(one, (origin + first + i) * SIZE + n + 2))));
+  const coming = pages.length - first - near.filter((page) => page.rows).length;
+  above.firstChild.style.height = first * tall + "px";
+  below.firstChild.style.height = coming * tall + "px";
+  paint((rows = users));
+  if (first < 4000) return;
+  [pages, origin] = [pages.slice(2000), origin + 2000]; // browsers end at 33 million px
+  scrollBy(0, -2000 * tall);
+}
+function row(one, ariaRowIndex) {
+  const old = rows.get(one.id), [phone, ...more] = one.phone;
+  if (old?.one.version === one.version) return Object.assign(old, { ariaRowIndex });
+  const box = make("input", { type: "checkbox", ariaLabel: "Select " + one.name });
+  const name = make("button", { dir: "auto" }, one.name);
+  const phones = (phone?.number || "") + (more.length ? ` +${more.length}` : "");
+  const city = one.address.find((each) => each.city)?.city || "";
+  const day = new Date(one.updated).toLocaleDateString([], { dateStyle: "medium" });
+  const cells = [box, name, one.mail, phones, city, day];
+  const tr = make("tr", { one, ariaRowIndex, role: "row", className: "user" },
+    ...cells.map((content) => make("td", { role: "cell", dir: "auto" }, content)));
+  tr.classList.toggle("changed", changed.delete(one.id));
+  if (selected.has(one.id)) selected.set(one.id, one);
+  return tr;
+}
+function paint() {
+  const list = [above, ...rows.values(), below], old = [...body.rows];
+  const active = document.activeElement, held = active.closest("#rows tr");
+  if (old.length !== list.length || old.some((tr, i) => tr !== list[i])) {
+    body.replaceChildren(...list);
+    const heir = rows.get(held?.one.id) || body.rows[old.indexOf(held)];
+    const focus = active.isConnected ? active : heir?.querySelector("button") || search;
+    if (held) focus.focus({ preventScroll: true });
+  }
+  $("list").ariaRowCount = total + 1;
+  show("count", total.toLocaleString() + (q ? " found" : ""));
+  const help = "Add the first one, or drop a CSV or NDJSON file here.";
+  const none = `No name or mail holds “${q}”.`;
+  if (rows.size) show("state");
+  else if (q) note("Nobody found", none, "Show all", () => go({ q: "" }));
+  else note("No users yet", help, "New user", () => edit());
+  choose([]);
+}
+function choose(list, on) { // select or unselect these, and show what is selected
+  for (const one of list) on ? selected.set(one.id, one) : selected.delete(one.id);
+  const boxes = [...body.querySelectorAll("input")], all = $("all");
+  for (const box of boxes) box.checked = selected.has(box.closest("tr").one.id);
+  all.checked = boxes.length > 0 && boxes.every((box) => box.checked);
+  all.indeterminate = selected.size > 0 && !all.checked;
+  $("bulk").hidden = !selected.size;
+  show("chosen", `${selected.size.toLocaleString()} selected`);
+}
+function refresh() {
+  timer = counted = false;
+  for (const page of pages) page.fresh = false;
+  layout();
+}
+function follow() { // what others change; a hidden page gives its connection back
+  stream?.close();
+  if (document.hidden) return;
+  stream = new EventSource(`${home}/api/changes?since=${seq}`);
+  stream.onmessage = (event) => {
+    const { seq: now, user, op } = JSON.parse(event.data);
+    seq = now;
+    changed.add(user);
+    if (op === "delete") selected.delete(user);
+    timer ||= setTimeout(refresh, 500);
+  };
+  const again = () => follow(refresh()); // refused: the log begins later; look anyway
+  stream.onerror = () => stream.readyState === 2 && setTimeout(again, 5000);
+}
+
+// The form comes out of the table of fields; errors find their place by pointer.
+const parts = (kind, values = {}) => data.fields[kind]
+  .filter((field) => !field.readOnly).map((field) => control(field, values[field.name]));
+function control(field, value) {
+  if (field.type === "list") return group(field, value || []);
+  const { title, inputType: type = "text", autocomplete = "off", required } = field;
+  const settings = { type, value: value ?? "", autocomplete, required, dir: "auto" };
+  const input = make("input", settings), error = make("small", { className: "error" });
+  const number = () => field.type === "integer" && input.value !== "";
+  const read = (at) => {
+    places.set(at, [error, input]);
+    return number() ? Number(input.value) : input.value;
+  };
+  return make("label", { className: "field", field, read }, title, input, error);
+}
+function group(field, values) { // rows to add and remove
+  const { name, title } = field, list = make("div");
+  const more = make("button", { type: "button" }, "Add " + name);
+  const add = (value) => {
+    const inner = parts(name, value), error = make("small", { className: "error" });
+    const about = { type: "button", ariaLabel: "Remove this " + name };
+    const away = make("button", about, "×"), id = value && { id: value.id };
+    const item = make("div", { className: "item" }, ...inner, away, error);
+    item.read = (at) => collect(inner, at, error, { ...id });
+    away.onclick = () => more.focus(item.remove());
+    list.append(item);
+    return inner[0].querySelector("input");
+  };
+  for (const value of values) add(value);
+  more.onclick = () => add().focus();
+  const read = (at) => [...list.children].map((item, i) => item.read(`${at}/${i}`));
+  return make("fieldset", { field, read }, make("legend", {}, title), list, more);
+}
+function collect(nodes, at, error, item) {
+  places.set(at, [error]);
+  for (const { field, read } of nodes) {
+    const value = read(`${at}/${field.name}`);
+    if (value !== "" || field.required) item[field.name] = value;
+  }
+  return item;
+}
+const values = () =>
+  collect(controls, "#/item", $("form-error"), {}, (places = new Map()));
+function edit(one, draft) {
+  [user, controls, sent] = [one, parts("user", one), null];
+  start = values();
+  if (draft) controls = parts("user", { ...one, ...draft });
+  show("form-title", one ? one.name : "New user");
+  show("fields", ...controls);
+  show("form-error");
+  const when = one && new Date(one.updated).toLocaleString();
+  show("about", one ? `User ${one.id}, last changed ${when}` : "");
+  $("delete").hidden = !one;
+  if (!$("form").open) $("form").showModal();
+  $("fields").querySelector("input").focus();
+}
+const members = (item, names) => // null takes a member away
+  Object.fromEntries(names.map((name) => [name, item[name] ?? null]));
+function changes(item) { // the members that are not as the form began
+  const names = controls.map(({ field }) => field.name);
+  return members(item, names.filter((name) => !same(item[name], start[name])));
+}
+function blame(fault) { // each message goes to its field, or to what holds the field
+  for (const { pointer, detail } of fault.errors) {
+    let at = pointer;
+    while (at && !places.has(at)) at = at.slice(0, Math.max(0, at.lastIndexOf("/")));
+    const [error, input] = places.get(at || "#/item");
+    error.append(detail + ". ");
+    if (input) input.ariaInvalid = "true";
+  }
+  if (!fault.errors.length) show("form-error", fault.message);
+  $("fields").querySelector("[aria-invalid]")?.focus();
+}
+async function save(item, patch) {
+  for (const [error, input] of places.values()) {
+    error.replaceChildren();
+    input?.removeAttribute("aria-invalid");
+  }
+  const content = JSON.stringify({ item: user ? patch : item });
+  if (sent?.content !== content) sent = { content, key: Date.now() + "" + Math.random() };
+  const once = { "Idempotency-Key": sent.key }; // a second try adds no second user
+  try {
+    const got = user ? await call("PATCH", `${api}/${user.id}`, content, match(user))
+      : await call("POST", api, content, once);
+    start = item;
+    $("form").close();
+    say(["Saved ", named(got.results[0])]);
+    refresh();
+  } catch (fault) {
+    if (fault.status === 412) return clash(item).catch(blame);
+    if (fault.status === 404) user = null; // deleted: saving again adds it anew
+    blame(fault);
+  }
+}
+async function clash(item) { // someone was faster: whose stays, member by member?
+  const theirs = (await call("GET", `${api}/${user.id}`)).results[0];
+  const plain = ({ id, ...rest }) => Object.values(rest).filter(Boolean).join(" · ");
+  const text = (value) => String(value?.map ? value.map(plain).join("\n") : value ?? "");
+  const mine = changes(item), all = controls.map(({ field }) => field);
+  const other = all.filter(({ name }) => text(item[name]) !== text(theirs[name]));
+  const side = (name, value, checked) => make("td", {}, make("label", {},
+    make("input", { type: "radio", name, checked }), make("bdi", {}, text(value) || "—")));
+  show("versions", ...other.map(({ name, title }) => make("tr", {}, make("th", {}, title),
+    side(name, item[name], name in mine), side(name, theirs[name], !(name in mine)))));
+  if ((await answer("clash")) !== "save") return;
+  const ours = (_, i) => $("versions").rows[i].querySelector("input").checked;
+  user = theirs;
+  save(item, members(item, other.filter(ours).map(({ name }) => name)));
+}
+
+// Several at once: delete and bring back, export, import.
+const chosen = () => [...selected.values()];
+const portions = (list) => !list.length ? [] // ids, as many as a request line can hold
+  : [list.slice(0, 300).map((one) => one.id).join(), ...portions(list.slice(300))];
+async function remove(which) {
+  const list = which.filter(Boolean), one = list.length === 1 && list[0], gone = [];
+  const some = list.slice(0, 9);
+  const who = () => (one ? named(one) : `${list.length} users`);
+  show("ask-title", "Delete ", who(), "?");
+  show("ask-text", some.map((each) => each.mail).join(", ") + (list[9] ? ", …" : ""));
+  if (!list.length || (await answer("ask")) !== "yes") return;
+  start = controls && values();
+  $("form").close();
+  try {
+    for (const ids of portions(list)) { // several are read first, as they are now
+      const found = one ? list : (await call("GET", `${api}?id=${ids}`)).results;
+      const url = one ? `${api}/${ids}` : `${api}?id=${portions(found)}`;
+      if (found.length) await call("DELETE", url, null, one ? match(one) : {});
+      gone.push(...found);
+    }
+  } catch (fault) {
+    say([fault.status === 412 ? "Not deleted: it has just changed." : fault.message]);
+  }
+  if (gone.length) say(["Deleted ", who()], () => restore(gone));
+  choose(list, false);
+  refresh();
+}
+async function restore(list) { // as lines of an import, which keep ids and times
+  const lines = list.map((one) => JSON.stringify(one)).join("\n");
+  const done = call("POST", api, lines, { "Content-Type": "application/x-ndjson" });
+  say([await done.then(() => "Restored", (fault) => fault.message)]);
+  refresh();
+}
+const take = (format) => portions(chosen()).forEach((ids) =>
+  make("a", { href: `${api}?id=${ids}&format=${format}`, download: "" }).click());
+function bring() {
+  [file, $("file").value, $("import-go").disabled] = [null, "", true];
+  show("report");
+  answer("import");
+}
+async function check(chosen) { // what would this file do? nothing is kept yet
+  if (!(file = chosen)) return;
+  const head = await file.slice(0, 99).text();
+  kind = head.trim()[0] === "{" ? "application/x-ndjson" : "text/csv";
+  upload(true);
+}
+function upload(dry_run) { // by XMLHttpRequest, which alone tells how far it is
+  const request = new XMLHttpRequest(), bar = $("progress");
+  const how = new URLSearchParams({ conflict: $("conflict").value, dry_run });
+  request.open("POST", `${api}?${how}`);
+  request.setRequestHeader("Content-Type", kind);
+  request.upload.onprogress = ({ loaded, total }) => (bar.value = loaded / total);
+  request.upload.onload = () => bar.removeAttribute("value"); // sent, not answered yet
+  request.onloadend = () => report(JSON.parse(request.responseText || "{}"), dry_run);
+  [bar.hidden, bar.value, $("import-go").disabled] = [false, 0, true];
+  request.send(file);
+}
+function report(got, dry) {
+  const { code, created, replaced, skipped, detail, errors = [], total } = got;
+  const done = `${created} new, ${replaced} replaced, ${skipped} skipped`;
+  const good = code === 0, rest = total - errors.length, className = good ? "" : "error";
+  const text = good ? "Ready: " + done : detail || "The server did not answer. Try again.";
+  const cell = (text) => make("td", {}, String(text ?? ""));
+  const line = (e) => make("tr", {}, cell(e.line), cell(e.pointer), cell(e.detail));
+  show("report", named(file), make("p", { className }, text),
+    make("table", {}, ...errors.map(line)), rest > 0 ? `… and ${rest} more` : "");
+  [$("progress").hidden, $("import-go").disabled] = [true, !good];
+  if (!good || dry) return;
+  $("import").close();
+  say(["Imported: " + done]);
+  refresh();
+}
+
+// Hands: the shortcuts (the help shows this table), the mouse, the buttons.
+const current = () => document.activeElement.closest(".user")?.one;
+const busy = () => document.querySelector("dialog[open]");
+function move(step) {
+  const list = [...rows.values()], at = list.findIndex((tr) => tr.one === current());
+  const seen = list.findIndex((tr) => tr.getBoundingClientRect().top > 90);
+  list[at < 0 ? seen : at + step]?.querySelector("button").focus();
+}
+const shortcuts = [
+  ["/", "Search", () => search.focus()],
+  ["n", "New user", () => edit()],
+  ["j", "Next user", () => move(1)],
+  ["k", "Previous user", () => move(-1)],
+  ["Enter", "Open the user"],
+  ["x", "Select the user", (one) => one && choose([one], !selected.has(one.id))],
+  ["d", "Delete the selected", () => remove(selected.size ? chosen() : [current()])],
+  ["u", "Undo, while offered", () => undo?.()],
+  ["i", "Import", bring],
+  ["Esc", "Close, or unselect all"],
+  ["?", "Show these shortcuts", () => answer("keys")],
+];
+document.onkeydown = (event) => {
+  const { key, target, ctrlKey, metaKey, altKey } = event;
+  const typed = target.matches("input:not([type=checkbox]), select");
+  if (ctrlKey || metaKey || altKey || typed || busy()) return;
+  const act = shortcuts.find(([name]) => name === key)?.[2];
+  if (key === "Escape") choose(chosen(), false);
+  else if (act && $("keys-on").checked) event.preventDefault(act(current()));
+};
+const held = ({ dataTransfer }) => dataTransfer.types.includes("Files");
+document.ondragover = (event) => held(event) && event.preventDefault(busy() || bring());
+document.ondrop = (event) =>
+  held(event) && check(event.dataTransfer.files[0], event.preventDefault());
+body.onclick = ({ target }) => {
+  const one = target.closest(".user")?.one;
+  if (target.matches("input")) choose([one], target.checked);
+  else if (one && !String(getSelection())) edit(one);
+};
+const clicks = {
+  new: () => edit(), "import-open": bring, help: () => answer("keys"), leave,
+  all: () => choose([...rows.values()].map((tr) => tr.one), $("all").checked),
+  "bulk-csv": () => take("csv"), "bulk-ndjson": () => take("ndjson"),
+  "bulk-delete": () => remove(chosen()), "bulk-clear": () => choose(chosen(), false),
+  delete: () => remove([user]), cancel: () => $("form").close(),
+  "import-go": () => upload(false), menu: () => $("menu").hidePopover?.(),
+};
+for (const id in clicks) $(id).onclick = clicks[id];
+for (const button of document.querySelectorAll("[data-sort]")) {
+  const by = button.dataset.sort;
+  button.onclick = () => go({ sort: sort === by ? "-" + by : by });
+}
+for (const [key, text] of shortcuts)
+  $("key-list").append(make("dt", {}, make("kbd", {}, key)), make("dd", {}, text));
+async function leave() { // a browser forgets its login when another one fails
+  const headers = { Authorization: "Basic " + btoa("logout:") };
+  await fetch(home + "/api/user?limit=1", { headers }).catch(() => 0);
+  stream?.close();
+  document.onvisibilitychange = onscroll = body.replaceChildren();
+  document.body.className = "out";
+  note("You are signed out", "", "Sign in", () => location.reload());
+}
+search.oninput = () => {
+  clearTimeout(search.timer);
+  search.timer = setTimeout(() => {
+    go({ q: search.value.trim() }, typing);
+    typing = true; // a search is one step of the history, its letters are not
+  }, 150);
+};
+search.onchange = () => (typing = false);
+$("form").onsubmit = (event) => {
+  const item = event.preventDefault() || values();
+  save(item, changes(item));
+};
+$("form").onclose = () => { // what was dropped can be had back
+  const item = values(), one = user;
+  if (!same(item, start)) say(["Changes dropped"], () => edit(one, item));
+};
+$("file").onchange = () => check($("file").files[0]);
+$("conflict").onchange = () => check(file);
+$("docs").href = home + "/docs";
+$("leave").hidden = data.actor === null;
+document.body.classList.toggle("reader", data.write === false);
+document.onvisibilitychange = follow;
+onscroll = () => requestAnimationFrame(layout);
+onpopstate = restart;
+restart();
+follow();
+"""
+
+PAGE_HTML = r"""
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Users</title>
+<meta name="viewport" content="width=device-width">
+<meta name="description" content="The users of this server: find, add, edit, import, export">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>">
+<style>$STYLE</style></head>
+<body>
+<header class="bar"><h1>Users</h1> <span id="count" role="status"></span>
+  <input id="search" type="search" placeholder="Search name or mail" aria-label="Search"
+    aria-keyshortcuts="/" autocomplete="off" spellcheck="false">
+  <button id="more" popovertarget="menu" aria-label="More">···</button>
+  <button id="new" class="primary write" aria-keyshortcuts="n">New user</button></header>
+<nav id="menu" popover aria-label="More">
+  <button id="import-open" class="write">Import…</button>
+  <a id="csv" download="users.csv">Export as CSV</a>
+  <a id="ndjson" download="users.ndjson">Export as NDJSON</a>
+  <button id="help">Keyboard shortcuts</button>
+  <a id="docs">API reference</a>
+  <button id="leave">Log out</button></nav>
+<main>
+  <noscript><p>This page needs JavaScript. Without it: <code>curl …/api/user</code></noscript>
+  <table id="list" role="table" aria-label="Users"><thead role="rowgroup"><tr role="row">
+    <th role="columnheader"><input type="checkbox" id="all" aria-label="Select all shown">
+    <th role="columnheader" scope="col"><button data-sort="name">Name</button>
+    <th role="columnheader" scope="col"><button data-sort="mail">Mail</button>
+    <th role="columnheader" scope="col">Phone
+    <th role="columnheader" scope="col">City
+    <th role="columnheader" scope="col"><button data-sort="updated">Changed</button>
+  </thead><tbody id="rows" role="rowgroup"></tbody></table>
+  <section id="state" role="status"></section>
+</main>
+<section id="bulk" aria-label="Selected users" hidden><b id="chosen" role="status"></b>
+  <button id="bulk-csv">CSV</button> <button id="bulk-ndjson">NDJSON</button>
+  <button id="bulk-delete" class="danger write">Delete…</button>
+  <button id="bulk-clear" aria-label="Unselect all">×</button></section>
+<div id="toast" role="status"></div>
+<dialog id="form" aria-labelledby="form-title"><form novalidate>
+  <h2 id="form-title" dir="auto"></h2>
+  <div id="fields"></div>
+  <p id="form-error" class="error" role="alert"></p>
+  <p id="about"></p>
+  <footer><button type="button" id="delete" class="danger write">Delete…</button>
+    <button type="button" id="cancel">Cancel</button>
+    <button class="primary write">Save</button></footer></form></dialog>
+<dialog id="clash" aria-labelledby="clash-title"><form method="dialog">
+  <h2 id="clash-title">Someone else saved first</h2>
+  <p>Nothing is lost. Choose what shall stay:</p>
+  <table><thead><tr><td><th scope="col">Yours<th scope="col">Theirs</thead>
+    <tbody id="versions"></tbody></table>
+  <footer><button>Back to the form</button>
+    <button value="save" class="primary">Save the chosen</button></footer></form></dialog>
+<dialog id="import" aria-labelledby="import-title"><form method="dialog">
+  <h2 id="import-title">Import users</h2>
+  <label class="drop"><b>Drop a CSV or NDJSON file here</b>, or click to choose one
+    <input type="file" id="file" accept=".csv,.ndjson,.jsonl,.json"></label>
+  <label class="field">When an id is taken<select id="conflict">
+    <option value="fail">refuse the file<option value="skip">keep the user that is here
+    <option value="replace">take the file's user</select></label>
+  <progress id="progress" aria-label="Progress" hidden></progress>
+  <div id="report" role="status"></div>
+  <footer><button>Close</button>
+    <button type="button" id="import-go" class="primary" disabled>Import</button>
+  </footer></form></dialog>
+<dialog id="ask" aria-labelledby="ask-title"><form method="dialog">
+  <h2 id="ask-title"></h2>
+  <p id="ask-text"></p>
+  <footer><button>Cancel</button> <button value="yes" class="danger">Delete</button>
+  </footer></form></dialog>
+<dialog id="keys" aria-labelledby="keys-title"><form method="dialog">
+  <h2 id="keys-title">Keyboard shortcuts</h2>
+  <dl id="key-list"></dl>
+  <label><input type="checkbox" id="keys-on" checked> Use the single keys</label>
+  <footer><button>Close</button></footer></form></dialog>
+<script type="application/json" id="data">$DATA</script>
+<script>$SCRIPT</script></body></html>
+"""
+
+DOCS_SCRIPT = r"""
+"use strict";
+"""
+
+
+def hash_source(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def html_policy(script: str) -> str:
+    """The Content-Security-Policy of a page with our style and this script."""
+    return (
+        f"default-src 'none'; style-src {hash_source(PAGE_STYLE)};"
+        f" script-src {hash_source(script)}; connect-src 'self'; img-src data:;"
+        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def script_data(data: Item) -> str:
+    """JSON that can stand in a script element: nothing in it ends the element."""
+    text = json.dumps(data).replace("&", "\\u0026")
+    return text.replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def form_fields(shape: Shape) -> list[Item]:
+    """What the page's form has to know of the fields of a shape."""
+    return [
+        {
+            "name": field.name,
+            "title": field.title,
+            "type": "list" if field.rows else field.schema["type"],
+            "required": field.required,
+            "readOnly": field.read_only or field.name == "id",
+            "maxLength": field.schema.get("maxLength"),
+            "inputType": field.input,
+        }
+        for field in shape.fields
+    ]
+
+
+def page(prefix: str, **data: Any) -> tuple[str, str]:
+    """The admin page and its policy; `data` is what it starts with."""
+    fields = {shape.name: form_fields(shape) for shape in (USER, *SHAPES.values())}
+    data.update(base=prefix, fields=fields, version=__version__)
+    text = PAGE_HTML.replace("$STYLE", PAGE_STYLE).replace("$SCRIPT", PAGE_SCRIPT)
+    return text.replace("$DATA", script_data(data)).lstrip(), html_policy(PAGE_SCRIPT)
 
 
 # ── Server ────────────────────────────────────────────────────────────────────────
