@@ -1211,13 +1211,8 @@ class Store:
             return
         if not scope.grouped:
             try:
-                if keep and db.in_transaction:
-                    self._require_room(db)
-                    db.execute("COMMIT")
+                self._commit(db, keep)
             finally:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                self._make_room(db)
                 scope.connection = None
                 self._give(db)
         elif db.in_transaction:
@@ -1230,6 +1225,30 @@ class Store:
         else:  # SQLite rolled the whole group back
             self._group_fault = Problem(507, "there is no room on the disk")
 
+    def _commit(self, db: sqlite3.Connection, keep: bool = True) -> None:
+        """Commit if there is room for it, else roll back and raise."""
+        try:
+            if keep and db.in_transaction:
+                self._require_room(db)
+                db.execute("COMMIT")
+        except sqlite3.Error:
+            self._overwrite_log(db)
+            raise
+        finally:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            self._make_room(db)
+
+    def _overwrite_log(self, db: sqlite3.Connection) -> None:
+        """Write over what a commit whose sync failed has left in the log: it may stand
+        there whole, and would count if the process was killed now."""
+        with contextlib.suppress(sqlite3.Error):
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            db.execute("PRAGMA synchronous = OFF")
+            db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        db.execute(f"PRAGMA synchronous = {'FULL' if self.wal else 'EXTRA'}")
+
     # Room on the disk
 
     def _room(self) -> int:
@@ -1240,7 +1259,7 @@ class Store:
         import resource
 
         disk = os.statvfs(os.path.dirname(self.path) or ".")
-        spare = min(SPARE, disk.f_blocks * disk.f_frsize // 4)
+        spare = min(SPARE, disk.f_blocks * disk.f_frsize // 3)
         room = disk.f_bavail * disk.f_frsize - spare
         limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         if limit != resource.RLIM_INFINITY:
@@ -1313,15 +1332,12 @@ class Store:
         try:
             if self._group_fault:
                 raise self._group_fault
-            if db.in_transaction:
-                self._require_room(db)
-                db.execute("COMMIT")
+            self._commit(db)
         except sqlite3.Error as fault:
             raise database_problem(fault) from fault
         finally:
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            self._make_room(db)
 
     def announce_group(self) -> None:
         """Tell `on_change` of what the last group kept."""
@@ -3044,7 +3060,10 @@ COMMON = [
     ("Referrer-Policy", "no-referrer"),
     ("Cache-Control", "private, no-cache"),
 ]
-CHALLENGE = 'Bearer realm="userapi", Basic realm="userapi", charset="UTF-8"'
+CHALLENGE = [  # in lines of their own, Basic first, as browsers need it
+    ("WWW-Authenticate", 'Basic realm="userapi", charset="UTF-8"'),
+    ("WWW-Authenticate", 'Bearer realm="userapi"'),
+]
 EXPOSED = "ETag, Location, Link, Retry-After, Idempotency-Replayed"
 ASKED = "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key"
 
@@ -3157,8 +3176,7 @@ class Guard:
         """Find the call's actor and role by its token. Raises Problem 401, 429."""
         given = call.header("AUTHORIZATION")
         if given is None:
-            headers = [("WWW-Authenticate", CHALLENGE)]
-            raise Problem(401, "a token is needed", headers=headers)
+            raise Problem(401, "a token is needed", headers=CHALLENGE)
         scheme, _, token = given.partition(" ")
         if scheme.lower() == "basic":
             token = (bottle.parse_auth(given) or ("", ""))[1]
@@ -3188,8 +3206,7 @@ class Guard:
         times.append(now)
         while len(self.failures) > 10_000:
             self.failures.pop(next(iter(self.failures)), None)
-        headers = [("WWW-Authenticate", CHALLENGE)]
-        return Problem(401, "the token is wrong", headers=headers)
+        return Problem(401, "the token is wrong", headers=CHALLENGE)
 
     def refuse_cross_site(self, call: Call) -> None:
         site, origin = call.header("SEC_FETCH_SITE"), call.header("ORIGIN")
@@ -3489,8 +3506,11 @@ def find_resource(path: str) -> tuple[Resource, dict[str, int]]:
 
 
 def read_params(call: Call, operation: Operation) -> None:
-    """Read the query into the call. Raises Problem 400 with all that is wrong."""
-    if not call.environ.get("QUERY_STRING"):
+    """Read the query into the call. Raises Problem 400 with all that is wrong.
+
+    What a page makes of its own URI is its script's affair.
+    """
+    if not call.environ.get("QUERY_STRING") or HTML in operation.answers:
         return
     errors = []
     for name, value in call.query():
@@ -3517,11 +3537,15 @@ def has_surrogates(text: str) -> bool:
 
 #: statuses that follow from what an operation is, beside the `problems` of its own
 ANYWHERE = (400, 403, 406, 408, 414, 417, 431, 500, 501, 503, 505)
-GUARDED, WITH_BODY = (401, 429), (411, 413, 415, 422)
-HOW = {"POST": "Create", "PUT": "Replace", "PATCH": "Merge"}
+GUARDED, WITH_BODY, WRITING = (401, 429), (411, 413, 415), (422, 507)
 PROBLEM_HEADERS = {401: "WWW-Authenticate", 405: "Allow", 415: "Accept"}
 PROBLEM_HEADERS.update(dict.fromkeys((429, 503, 507), "Retry-After"))
+HOW = {"POST": "Create", "PUT": "Replace", "PATCH": "Merge"}
+#: These match what they say, but only validators know \p{Any}: who makes values up by a
+#: pattern leaves them alone, and with them what no schema can say (see unlike).
+ANY, SOME = r"^\p{Any}*$", r"^(?=\p{Any})"
 TEXT: Item = {"type": "string"}
+COUNT: Item = {"type": "integer", "minimum": 0}
 SUCCESS: Item = {"code": {"const": 0}, "message": {"const": "SUCCESS"}}
 
 
@@ -3533,17 +3557,21 @@ def closed(
     properties: Item, required: Sequence[str] | None = None, **more: Any
 ) -> Item:
     """The schema of an object with these members and no others."""
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties if required is None else required),
-        "additionalProperties": False,
-        **more,
-    }
+    names = list(properties if required is None else required)
+    schema = {"type": "object", "properties": properties, "required": names}
+    return {**schema, "additionalProperties": False, **more}
+
+
+def shape_of(found: Operation) -> Shape:
+    return SHAPES.get(found.shape, USER)
 
 
 def schema_name(shape: Shape, view: str, how: str = "") -> str:
     return shape.name.title() + (view.upper() if shape is USER else "") + how
+
+
+def members_of(shape: Shape, view: str) -> list[Field]:
+    return [f for f in shape.fields if shape is not USER or f.name in VIEWS[view]]
 
 
 def shown_schema(shape: Shape, view: str) -> Item:
@@ -3553,24 +3581,25 @@ def shown_schema(shape: Shape, view: str) -> Item:
         kept = {k: v for k, v in field.schema.items() if k in ("type", "format")}
         if field.rows:
             kept["items"] = ref("schemas", schema_name(SHAPES[field.rows], view))
-        properties[field.name] = {**kept, "title": field.title}
+        properties[field.name] = {"title": field.title, **kept}
     return closed(properties, [] if shape is USER else None)
 
 
-def members_of(shape: Shape, view: str) -> list[Field]:
-    return [f for f in shape.fields if shape is not USER or f.name in VIEWS[view]]
+def unlike(shape: Shape, view: str, how: str) -> Item:
+    """A list of items whose ids differ, which JSON Schema cannot say: see ANY."""
+    untold = {"items": {"properties": {shape.columns[0].name: {"pattern": ANY}}}}
+    listed = ref("schemas", schema_name(shape, view, how))
+    return {"type": "array", "items": listed, "if": {"maxItems": 1}, "else": untold}
 
 
 def item_schema(shape: Shape, view: str, how: str) -> Item:
-    """What may be sent of a user or row in this way (HOW, with Many: each in a list)."""
+    """What may be sent of a user or row in this way (HOW, with Many: in a list)."""
     partial, many = how.startswith("Merge"), how.endswith("Many")
     properties, required = {}, []
     for field in members_of(shape, view):
-        sent = {**field.schema, "title": field.title}
+        sent = {"title": field.title, **field.schema}
         if field.rows:
-            sent["items"] = ref(
-                "schemas", schema_name(SHAPES[field.rows], "", "Create")
-            )
+            sent.update(unlike(SHAPES[field.rows], view, "Create"))
         if field.read_only or field.name == "id" and not many and how != "Create":
             sent["readOnly"] = True
         elif field.name == "id" and many or field.required and not partial:
@@ -3578,52 +3607,56 @@ def item_schema(shape: Shape, view: str, how: str) -> Item:
         elif partial and not field.required:
             sent["type"] = [sent["type"], "null"]
         properties[field.name] = sent
-    some = [
-        {"required": [name], "properties": {name: {"minLength": 1}}}
-        for name in shape.one_of
-    ]
-    if partial and some:
-        some.append({"not": {"anyOf": [{"required": [n]} for n in shape.one_of]}})
-    return closed(properties, required, **({"anyOf": some} if some else {}))
+    return closed(properties, required, **one_of_schema(shape, partial))
+
+
+def one_of_schema(shape: Shape, partial: bool) -> Item:
+    """That an item needs one of some members; a merge may rely on what is there."""
+    wanted: Item = {}
+    for name in shape.one_of:
+        one = {"required": [name], "properties": {name: {"minLength": 1}}}
+        wanted = {"if": one, "else": wanted} if wanted else one
+    if not partial or not wanted:
+        return wanted
+    touched = {"anyOf": [{"required": [name]} for name in shape.one_of]}
+    untold = {"properties": {shape.columns[0].name: {"pattern": ANY}}}
+    return {"if": touched, "then": {"if": {"allOf": [wanted]}, "else": untold}}
 
 
 def example_item(shape: Shape, view: str, how: str) -> Item:
     fields = [f for f in shape.columns if shape is not USER or f.name in VIEWS[view]]
-    if how.startswith("Merge"):
-        fields = fields[-1:]
     item = {"id": 1} if how.endswith("Many") else {}
+    fields = fields[-1:] if how.startswith("Merge") else fields
     return {**item, **{field.name: field.example for field in fields}}
 
 
 def example_shown(shape: Shape, view: str) -> Item:
-    rows = {
+    return {
         f.name: [example_shown(SHAPES[f.rows], view)] if f.rows else f.example
         for f in members_of(shape, view)
     }
-    return rows
 
 
 def body_of(found: Operation, view: str) -> Item:
     """The request body of an operation, in each media type that it takes."""
-    shape, how = {"user": USER, **SHAPES}[found.shape], HOW[found.method]
-    one = closed({"item": ref("schemas", schema_name(shape, view, how))})
-    listed = ref("schemas", schema_name(shape, view, how + "Many" * (how != "Create")))
-    many = closed({"items": {"type": "array", "minItems": 1, "items": listed}})
-    schema, example = one, {"item": example_item(shape, view, how)}
+    shape, how = shape_of(found), HOW[found.method]
+    many = how + "Many" * (how != "Create")
+    schema = closed({"item": ref("schemas", schema_name(shape, view, how))})
+    example: Item = {"item": example_item(shape, view, how)}
     if found.bulk:
-        schema = {"oneOf": [one, many]} if how == "Create" else many
-    if found.bulk and how != "Create":
-        example = {"items": [example_item(shape, view, how + "Many")]}
-    content: Item = {}
-    for media in found.takes:
-        content[media] = {"schema": schema, "example": example}
-    row = [f.example for f in USER.fields if f.csv]
+        listed = closed({"items": {**unlike(shape, view, many), "minItems": 1}})
+        schema = {"oneOf": [schema, listed]} if how == "Create" else listed
+    if many != how and found.bulk:
+        example = {"items": [example_item(shape, view, many)]}
+    content: Item = {m: {"schema": schema, "example": example} for m in found.takes}
     if CSV in content:
-        told = csv_lines([CSV_MEMBERS, row]).decode()
-        content[CSV] = {"schema": TEXT, "example": told}
+        row = [f.example for f in USER.columns if f.csv]
+        told = csv_lines([CSV_MEMBERS[1:], row]).decode()
+        text = {**TEXT, "if": {"const": told}, "else": {"pattern": ANY}}
+        content[CSV] = {"schema": text, "example": told}
     if NDJSON in content:
-        told = to_json(example["item"]).decode() + "\n"
-        content[NDJSON] = {"schema": TEXT, "example": told}
+        line = to_json(example["item"]).decode()
+        content[NDJSON] = {"schema": {**TEXT, "description": f"Lines like {line}"}}
     return {"required": True, "content": content}
 
 
@@ -3631,22 +3664,26 @@ def answer_of(found: Operation, view: str) -> tuple[Item, Any]:
     """Schema and example of what an operation answers with in JSON."""
     if not found.path.startswith("/user"):
         return {"type": "object"}, None
-    shape = {"user": USER, **SHAPES}[found.shape]
+    shape = shape_of(found)
     results = {"type": "array", "items": ref("schemas", schema_name(shape, view))}
     shown = [example_shown(shape, view)]
     if found.method == "GET":
         properties: Item = {"results": results}
         if "limit" in found.params:
-            properties["total"] = {"type": "integer", "minimum": 0}
-            properties["next"] = {"type": ["string", "null"], "format": "uri-reference"}
+            properties["total"] = COUNT
+            properties["next"] = {"type": ["string", "null"]}
         return closed(properties, ["results"]), {"results": shown}
     done = {"code": 0, "message": "SUCCESS"}
     if found.method == "DELETE":
         return closed(SUCCESS), done
     schema = closed({**SUCCESS, "results": results})
     if CSV in found.takes:
-        counts = {n: {"type": "integer", "minimum": 0} for n in Saved._fields}
-        schema = {"anyOf": [schema, closed({**SUCCESS, **counts})]}
+        counts = dict.fromkeys(Saved._fields, COUNT)
+        schema = closed({**SUCCESS, "results": results, **counts}, list(SUCCESS))
+        schema["if"], schema["else"] = (
+            {"required": ["results"]},
+            {"required": [*counts]},
+        )
     return schema, {**done, "results": shown}
 
 
@@ -3658,7 +3695,7 @@ def statuses_of(found: Operation) -> list[int]:
     if found.takes:
         statuses.update(WITH_BODY)
     if found.writes:
-        statuses.add(507)
+        statuses.update(WRITING)
         if 412 in statuses and not found.bulk:
             statuses.add(428)
         if found.path == "/user/<id:id>":
@@ -3668,28 +3705,45 @@ def statuses_of(found: Operation) -> list[int]:
     return sorted(statuses)
 
 
+def one_name(known: Sequence[str], names: Sequence[str]) -> Item:
+    """One of these names, of which only the known ones go with everything: see ANY."""
+    rest = "|".join(name for name in names if name not in known)
+    if not rest:
+        return {**TEXT, "enum": list(known)}
+    untold = {"pattern": rf"{SOME}(?:{rest})$"}
+    return {**TEXT, "if": {"enum": list(known)}, "else": untold}
+
+
+def query_of(found: Operation, name: str, view: str) -> Item:
+    """A query parameter of an operation."""
+    schema = dict(PARAMS[name].schema)
+    if name == "fields":
+        schema["items"], schema["minItems"] = one_name(CSV_MEMBERS, VIEWS[view]), 1
+    if name == "id" and found.writes:
+        schema["uniqueItems"] = True
+    if name == "dry_run" and found.method == "DELETE":
+        schema = one_name(("false", "0"), ("true", "1"))
+    parameter = {"name": name, "in": "query", "description": PARAMS[name].help}
+    if schema["type"] == "array":
+        parameter.update(style="form", explode=False)
+    required = name == "id" and found.writes
+    return {**parameter, "required": required, "schema": schema}
+
+
 def parameters_of(found: Operation, path: str, view: str) -> list[Item]:
     """The parameters of an operation: of its path, its query and its header."""
-    least = 0 if found.method == "GET" and found.path == "/user/<id:id>" else 1
     parameters: list[Item] = []
     for name in re.findall("{(.+?)}", path):
-        schema = {**ID, "minimum": least if name == "id" else 1}
-        parameters.append(
-            {"name": name, "in": "path", "required": True, "schema": schema}
-        )
-    for name in found.params:
-        schema, told = PARAMS[name].schema, PARAMS[name].help
-        if name == "fields":
-            schema = {"type": "array", "items": {"enum": list(VIEWS[view])}}
-            schema["minItems"] = 1
-        parameter = {"name": name, "in": "query", "schema": schema, "description": told}
-        if schema["type"] == "array":
-            parameter.update(style="form", explode=False)
-        if name == "id":
-            parameter["required"] = True
-        parameters.append(parameter)
+        zero = name == "id" and found.method == "GET" and path.endswith("/user/{id}")
+        schema = {**ID, "minimum": 0} if zero else ID
+        where = {"name": name, "in": "path", "required": True, "schema": schema}
+        parameters.append({**where, "example": 1})
+    parameters += [query_of(found, name, view) for name in found.params]
     if not found.writes and found.path.startswith("/user"):
         parameters.append({"name": "If-None-Match", "in": "header", "schema": TEXT})
+    if found.writes and 412 in found.problems:
+        tags = {**TEXT, "if": {"const": "*"}, "else": {"pattern": SOME}}
+        parameters.append({"name": "If-Match", "in": "header", "schema": tags})
     return parameters
 
 
@@ -3722,7 +3776,7 @@ def describe(found: Operation, path: str, resource: Resource) -> Item:
     operation: Item = {
         "operationId": found.name + resource.base[4:].replace("/", "_"),
         "summary": found.summary,
-        "tags": [{"user": USER, **SHAPES}[found.shape].plural],
+        "tags": [shape_of(found).plural],
         "parameters": parameters_of(found, path, resource.view),
         "responses": responses,
     }
@@ -3803,129 +3857,94 @@ def reference(prefix: str) -> tuple[str, str]:
 # ── Page ──────────────────────────────────────────────────────────────────────────
 
 PAGE_STYLE = r"""
-:root { --bg: #fbfbfa; --top: #fff; --ink: #1d1e22; --soft: #62656d; --line: #e8e8e5;
-  --edge: #c6c7c9; --hover: #f2f2ef; --accent: #3b56c8; --on: #fff; --red: #b3261e;
-  --bar: 4rem; --side: max(1rem, calc(50vw - 38rem)); color-scheme: light dark;
-  scroll-padding: 8rem 0 6rem; }
-@media (prefers-color-scheme: dark) { :root { --bg: #131417; --top: #1b1c20;
-  --ink: #e8e8eb; --soft: #9da0a9; --line: #282a2f; --edge: #484b53; --hover: #1e2024;
-  --accent: #94a8ff; --on: #10142a; --red: #ff8d83; } }
+:root { --bg: #fbfbfa; --top: #fff; --ink: #1d1e22; --soft: #62656d; --line: #e8e8e5; --edge: #c6c7c9; --hover:
+  #f2f2ef; --accent: #3b56c8; --on: #fff; --red: #b3261e; --bar: 4rem; --side: max(1rem, calc(50vw - 38rem)); --card:
+  1px solid var(--line); color-scheme: light dark; scroll-padding: 8rem 0 6rem; }
+@media (prefers-color-scheme: dark) { :root { --bg: #131417; --top: #1b1c20; --ink: #e8e8eb; --soft: #9da0a9; --line:
+  #282a2f; --edge: #484b53; --hover: #1e2024; --accent: #94a8ff; --on: #10142a; --red: #ff8d83; } }
 * { box-sizing: border-box; }
-body { margin: 0 var(--side); background: var(--bg); color: var(--ink);
-  font: 0.9375rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+body { margin: 0 var(--side); background: var(--bg); color: var(--ink); font: 0.9375rem/1.5 system-ui, sans-serif;
+  overflow-wrap: anywhere; }
 h1, h2 { font-size: 1.125rem; font-weight: 600; margin: 0; }
-a { color: var(--accent); }
-button, select, input:not([type="checkbox"], [type="radio"]) { height: 2.375rem;
-  padding: 0 0.875rem; font: inherit; color: inherit; background: var(--top);
-  border: 1px solid var(--edge); border-radius: 8px; white-space: nowrap; }
-button { cursor: pointer; font-weight: 500; }
-button:hover { background: var(--hover); }
+button, select, input:not([type="checkbox"], [type="radio"]) { height: 2.375rem; padding: 0 0.875rem; font: inherit;
+  color: inherit; background: var(--top); border: 1px solid var(--edge); border-radius: 8px; white-space: nowrap; }
+button { cursor: pointer; font-weight: 500; } button:hover, #menu > :hover { background: var(--hover); }
 button:disabled { opacity: 0.5; }
-.primary, .primary:hover { background: var(--accent); border-color: transparent;
-  color: var(--on); }
+.primary, .primary:hover { background: var(--accent); border-color: transparent; color: var(--on); }
 .danger, .error { color: var(--red); }
-:focus-visible, .drop:focus-within { outline: 2px solid var(--accent) !important;
-  outline-offset: 2px; }
-input[type="checkbox"], input[type="radio"] { accent-color: var(--accent); margin: 0;
-  width: 1.0625rem; height: 1.0625rem; vertical-align: -0.1875rem; }
+:focus-visible, .drop:focus-within { outline: 2px solid var(--accent) !important; outline-offset: 2px; }
+[type="checkbox"], [type="radio"], progress { accent-color: var(--accent); width: 1.0625rem; height: 1.0625rem;
+  margin: 0; vertical-align: -0.1875rem; }
 [hidden], #state:empty, .reader .write, .out :is(.bar, table) { display: none !important; }
-
-.bar { position: sticky; top: 0; z-index: 2; height: var(--bar); background: var(--bg);
-  display: flex; flex-wrap: wrap; gap: 0 0.75rem; place-content: center start;
-  align-items: center; }
-#count, #about, #state, #ask-text { color: var(--soft); font-variant-numeric: tabular-nums; }
+.bar { position: sticky; top: 0; z-index: 2; height: var(--bar); background: var(--bg); display: flex; flex-wrap:
+  wrap; gap: 0 0.75rem; align-items: center; align-content: center; }
+#count, #about, #state p, #ask-text { color: var(--soft); font-variant-numeric: tabular-nums; }
 #search { width: 22rem; margin-inline-start: auto; }
 #list { width: 100%; border-spacing: 0; table-layout: fixed; margin-bottom: 6rem; }
-#list thead { position: sticky; top: var(--bar); z-index: 1; background: var(--bg); }
-#list :is(th, td) { height: 3rem; padding: 0 0.75rem; border-bottom: 1px solid var(--line);
-  color: var(--soft); font-weight: 400; text-align: left; white-space: nowrap;
-  overflow: hidden; text-overflow: ellipsis; }
-#list th { height: 2.5rem; font-size: 0.8125rem; }
-#list th:first-child { width: 2.75rem; }
-#list th:nth-child(2) { width: 25%; }
-#list th:nth-child(3) { width: 30%; }
-#list th:last-child { width: 8.5rem; }
-#list button { all: unset; cursor: pointer; border-radius: 3px; }
+#list thead { position: sticky; top: var(--bar); z-index: 1; background: var(--bg); font-size: 0.8125rem; }
+#list :is(th, td) { height: 3rem; padding: 0 0.75rem; border-bottom: var(--card); color: var(--soft); font-weight:
+  400; text-align: left; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+#list th:first-child { width: 2.75rem; } #list th:nth-child(2) { width: 25%; } #list th:nth-child(3) { width: 30%; }
+#list th:last-child { width: 8.5rem; } #list button { all: unset; cursor: pointer; border-radius: 3px; }
 #list [aria-sort="ascending"] button::after { content: " ↑"; }
-#list [aria-sort="descending"] button::after { content: " ↓"; }
-#list .user { cursor: pointer; }
+#list [aria-sort="descending"] button::after { content: " ↓"; } #list .user { cursor: pointer; }
 #list .user button { color: var(--ink); font-weight: 500; }
 #list .user:is(:hover, :focus-within, :has(:checked)) { background: var(--hover); }
 #list [aria-hidden] td { padding: 0; border: 0; height: 0; }
-#list[aria-busy="true"] tbody { opacity: 0.6; transition: opacity 0.2s 0.3s; }
-.changed { animation: changed 2s; }
+#list[aria-busy="true"] tbody { opacity: 0.6; transition: opacity 0.2s 0.3s; } .changed { animation: changed 2s; }
 @keyframes changed { from { background: color-mix(in srgb, var(--accent) 14%, var(--bg)); } }
 #state { text-align: center; padding: 4rem 1rem; }
-#state h2 { color: var(--ink); }
-
-#bulk, #toast, #menu { position: fixed; z-index: 3; background: var(--top); color: inherit;
-  border: 1px solid var(--line); border-radius: 12px; box-shadow: 0 8px 30px #0003; }
-#bulk, #toast { bottom: 1.25rem; left: 50%; translate: -50%; width: max-content;
-  max-width: calc(100vw - 1rem); padding: 0.5rem 0.75rem; display: flex; flex-wrap: wrap;
-  gap: 0.5rem; align-items: center; justify-content: center; }
-#toast { bottom: 5.25rem; min-height: 3.375rem; }
-#toast:empty { opacity: 0; pointer-events: none; }
-#menu { inset: 3.5rem var(--side) auto auto; margin: 0; padding: 0.375rem; }
-#menu > * { display: block; width: 14rem; padding: 0.4375rem 0.75rem; border: 0;
-  border-radius: 8px; text-align: start; color: inherit; text-decoration: none;
-  font-weight: 400; }
-#menu > :hover { background: var(--hover); }
-dialog { width: min(36rem, calc(100vw - 1rem)); max-height: calc(100dvh - 1rem);
-  padding: 0; border: 1px solid var(--line); border-radius: 16px; color: inherit;
-  background: var(--top); box-shadow: 0 20px 60px #0004; }
-dialog::backdrop { background: #0006; }
-dialog form { padding: 1.5rem 1.5rem 0; }
-dialog h2 { margin-bottom: 1rem; }
-dialog footer { display: flex; flex-wrap: wrap; gap: 0.5rem; justify-content: end;
-  position: sticky; bottom: 0; margin: 1.25rem -1.5rem 0; padding: 0.875rem 1.5rem;
-  background: var(--top); border-top: 1px solid var(--line); }
+#bulk, #toast, #menu, dialog { background: var(--top); color: inherit; border: var(--card); border-radius: 12px;
+  box-shadow: 0 8px 30px #0003; }
+#bulk, #toast { position: fixed; z-index: 3; bottom: 1.25rem; left: 50%; translate: -50%; width: max-content;
+  max-width: calc(100vw - 1rem); padding: 0.5rem 0.75rem; display: flex; flex-wrap: wrap; gap: 0.5rem; align-items:
+  center; justify-content: center; }
+#toast { bottom: 5.25rem; min-height: 3.375rem; } #toast:empty { opacity: 0; pointer-events: none; }
+#menu { position: fixed; inset: 3.5rem var(--side) auto auto; margin: 0; padding: 0.375rem; }
+#menu > * { display: block; width: 14rem; padding: 0.4375rem 0.75rem; border: 0; border-radius: 8px; text-align:
+  start; color: inherit; text-decoration: none; font-weight: 400; }
+dialog { width: min(36rem, calc(100vw - 1rem)); max-height: calc(100dvh - 1rem); padding: 0; }
+dialog::backdrop { background: #0006; } dialog form { padding: 1.5rem 1.5rem 0; } dialog h2 { margin-bottom: 1rem; }
+dialog footer { display: flex; flex-wrap: wrap; gap: 0.5rem; justify-content: end; position: sticky; bottom: 0;
+  margin: 1.25rem -1.5rem 0; padding: 0.875rem 1.5rem; background: var(--top); border-top: var(--card); }
 #delete { margin-inline-end: auto; }
 .field { display: block; font-size: 0.8125rem; color: var(--soft); margin-bottom: 0.75rem; }
-.field :is(input, select) { display: block; width: 100%; margin-top: 0.25rem;
-  font-size: 1rem; color: var(--ink); }
+.field :is(input, select) { display: block; width: 100%; margin-top: 0.25rem; font-size: 1rem; color: var(--ink); }
 [aria-invalid="true"] { border-color: var(--red) !important; }
-fieldset { border: 0; padding: 0; margin: 1.25rem 0 0; }
-legend { font-weight: 600; padding: 0 0 0.5rem; }
-.item { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr));
-  gap: 0 0.75rem; position: relative; padding: 0.75rem 3rem 0 0.75rem; margin-bottom: 0.5rem;
-  border: 1px solid var(--line); border-radius: 10px; }
+fieldset { border: 0; padding: 0; margin: 1.25rem 0 0; } legend { font-weight: 600; padding: 0 0 0.5rem; }
+.item { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 0 0.75rem; position:
+  relative; border: var(--card); padding: 0.75rem 3rem 0 0.75rem; margin-bottom: 0.5rem; border-radius: 10px; }
 .item > button { position: absolute; right: 0.25rem; top: 0.25rem; border: 0; }
 .item > .error { grid-column: 1 / -1; }
-.drop { display: block; position: relative; padding: 2rem 1rem; margin-bottom: 1rem;
-  text-align: center; border: 2px dashed var(--edge); border-radius: 12px; }
-.drop input { position: absolute; inset: 0; width: 100%; opacity: 0; }
-progress { width: 100%; accent-color: var(--accent); }
-#report { max-height: 14rem; overflow: auto; }
-dialog table { width: 100%; border-spacing: 0; }
-dialog :is(td, th) { padding: 0.375rem 1rem 0.375rem 0; text-align: start;
-  vertical-align: top; font-weight: 400; }
-#clash table { table-layout: fixed; }
-#clash label { display: flex; gap: 0.5rem; white-space: pre-line; }
+.drop { display: block; position: relative; padding: 2rem 1rem; margin-bottom: 1rem; text-align: center; border: 2px
+  dashed var(--edge); border-radius: 12px; }
+.drop input { position: absolute; inset: 0; width: 100%; height: 100% !important; opacity: 0; }
+progress { width: 100%; } #report { max-height: 14rem; overflow: auto; }
+:is(dialog, .op) :is(td, th) { padding: 0.25rem 1rem 0.25rem 0; text-align: start; vertical-align: top; font-weight:
+  400; }
+#clash table { table-layout: fixed; width: 100%; } #clash label { display: flex; gap: 0.5rem; white-space: pre-line; }
 #clash input { flex: none; margin-top: 0.1875rem; }
-dl { display: grid; grid-template-columns: 4rem 1fr; gap: 0.5rem; }
-dd { margin: 0; }
-kbd { font: inherit; border: 1px solid var(--edge); border-radius: 6px; padding: 0 0.5rem; }
-@media (max-width: 60rem) { #list :is(th, td):nth-child(6) { display: none; } }
-@media (max-width: 42rem) {
-  :root { --bar: 6.75rem; scroll-padding-top: 10rem; }
-  .bar { gap: 0.5rem; }
-  #search { order: 1; width: 100%; }
-  #more { margin-inline-start: auto; }
-  #list, #list :is(thead, tbody) { display: block; }
-  #list tr { display: grid; grid-template-columns: 2.25rem minmax(0, 1fr) auto; }
-  #list thead tr { display: flex; gap: 1.25rem; border-bottom: 1px solid var(--line); }
-  #list :is(th, td) { border: 0; padding: 0; width: auto; align-content: center; }
-  #list th:nth-child(n + 4) { display: none; }
-  #list .user { height: 4rem; padding: 0.375rem 0; border-bottom: 1px solid var(--line); }
-  #list .user td { height: auto; }
-  #list td:first-child { grid-row: 1 / 3; }
-  #list td:nth-child(3) { grid-area: 2 / 2; }
-  #list td:nth-child(n + 4) { grid-area: 2 / 3; max-width: 8.5rem; padding-left: 0.75rem;
-    text-align: right; }
-  #list td:nth-child(5) { grid-row: 1; }
-}
-@media (prefers-reduced-motion: reduce) { * { animation: none !important;
-  transition: none !important; } }
+dl { display: grid; grid-template-columns: 4rem 1fr; gap: 0.5rem; } dd { margin: 0; }
+kbd, pre, output:not(:empty), textarea { border: 1px solid var(--edge); border-radius: 6px; padding: 0 0.5rem; }
+code, pre, output, textarea, .method { font: 0.8125rem/1.6 ui-monospace, monospace; white-space: pre-wrap; }
+pre, output:not(:empty), textarea { display: block; width: 100%; padding: 0.75rem 1rem; margin: 0.5rem 0; background:
+  var(--top); color: inherit; }
+textarea { min-height: 8rem; } .docs { display: grid; grid-template-columns: 15rem minmax(0, 1fr); gap: 3rem; }
+.docs > nav { position: sticky; top: 0; height: 100dvh; overflow: auto; padding: 2rem 0.25rem; font-size: 0.8125rem; }
+.docs > nav a { display: block; color: inherit; text-decoration: none; padding: 0.1875rem 0; }
+.op { padding: 1.5rem 0; border-top: var(--card); }
+.method, summary { color: var(--accent); font-weight: 600; cursor: pointer; }
+@media (max-width: 60rem) { #list :is(th, td):nth-child(6) { display: none; } .docs { display: block; } .docs > nav {
+  position: static; height: auto; } }
+@media (max-width: 42rem) { :root { --bar: 6.75rem; scroll-padding-top: 10rem; } .bar { gap: 0.5rem; } #search {
+  order: 1; width: 100%; } #more { margin-inline-start: auto; } #list, #list :is(thead, tbody) { display: block; }
+  #list tr { display: grid; grid-template-columns: 2.25rem minmax(0, 1fr) auto; } #list thead tr { display: flex; gap:
+  1.25rem; border-bottom: var(--card); } #list :is(th, td) { border: 0; padding: 0; width: auto; height: auto;
+  align-content: center; } #list th { height: 2.5rem; } #list th:nth-child(n + 4) { display: none; } #list .user {
+  height: 4rem; padding: 0.375rem 0; border-bottom: var(--card); } #list td:first-child { grid-row: 1 / 3; } #list
+  td:nth-child(3) { grid-area: 2 / 2; } #list td:nth-child(n + 4) { grid-area: 2 / 3; max-width: 8.5rem; padding-left:
+  0.75rem; text-align: right; } #list td:nth-child(5) { grid-row: 1; } }
+@media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
 """
 
 PAGE_SCRIPT = r"""
@@ -3934,128 +3953,104 @@ const $ = (id) => document.getElementById(id), data = JSON.parse($("data").textC
 const home = location.origin + data.base, api = home + "/api/v2/user";
 const SIZE = 100; // users a page; at most four pages are in the document at a time
 const body = $("rows"), search = $("search"), selected = new Map(), changed = new Set();
-let q, sort, pages, origin, counted, total = 0, rows = new Map(), seq = data.seq || 0;
-let stream, timer, typing, undo, user, controls, start, places, sent, file, kind;
+let q, sort, pages, origin, counted, total = 0, rows = new Map(), seq = data.seq || 0, stream, timer, typing;
+let undo, user, controls = [], start, places, sent, file, kind;
 
 const show = (id, ...parts) => $(id).replaceChildren(...parts);
-const named = (one) => make("bdi", {}, one.name);
-const match = (one) => ({ "If-Match": `"${one.version}"` });
 const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
+const match = (one) => ({ "If-Match": `"${one.version}"` }), named = (one) => make("bdi", {}, one.name);
 function make(tag, properties, ...children) {
-  const node = Object.assign(document.createElement(tag), properties);
-  node.append(...children);
-  return node;
+  const node = Object.assign(document.createElement(tag), properties); node.append(...children); return node;
 }
-async function call(method, url, body, headers = {}) {
-  if (body) headers = { "Content-Type": "application/json", ...headers };
+async function call(method, url, body, type = "application/json", more = {}) {
+  const headers = { ...more, ...(body && { "Content-Type": type }) };
   const got = await fetch(url, { method, headers, body }).catch(() => Response.error());
-  const result = await got.json().catch(() => ({})), { errors = [], detail } = result;
-  if (got.ok) return result;
-  const fault = new Error(detail || "The server did not answer. Try again.");
-  throw Object.assign(fault, { status: got.status, errors });
+  const result = await got.json().catch(() => ({})), { errors = [], detail } = result; if (got.ok) return result;
+  throw Object.assign(new Error(detail || "The server did not answer. Try again."), { status: got.status, errors });
 }
 function answer(id) { // of a dialog: the value of the button that closed it
-  $(id).returnValue = "";
-  if (!$(id).open) $(id).showModal();
+  $(id).returnValue = ""; if (!$(id).open) $(id).showModal();
   return new Promise((done) => ($(id).onclose = () => done($(id).returnValue)));
 }
 function say(parts, back) { // a passing message, with an undo while it lasts
   undo = back && (() => back(say([])));
-  show("toast", ...parts, ...(back ? [make("button", { onclick: undo }, "Undo")] : []));
-  clearTimeout(say.timer);
+  show("toast", ...parts, ...(back ? [make("button", { onclick: undo }, "Undo")] : [])); clearTimeout(say.timer);
   if (parts.length) say.timer = setTimeout(say, 15000, []);
 }
-function note(title, text, label, onclick) { // in the list's place: what is, what to do
-  const button = make("button", { onclick }, label);
-  show("state", make("h2", {}, title), make("p", {}, text), button);
-}
+const note = (title, text, label, onclick) => // in the list's place: what is, and what to do
+  show("state", make("h2", {}, title), make("p", {}, text), make("button", { onclick }, label));
 
-// The list: pages follow each other by cursor, those near the view are in the document.
+// The list: pages follow each other by cursor; those near the view are in the document.
 const query = (more) => `${api}?${new URLSearchParams({ ...(q && { q }), sort, ...more })}`;
-const room = () => make("tr", { ariaHidden: "true" }, make("td", {}));
-const above = room(), below = room();
+const room = () => make("tr", { ariaHidden: "true" }, make("td", {})), above = room(), below = room();
 function restart() {
-  const asked = new URLSearchParams(location.search);
-  [q, sort] = [asked.get("q") || "", asked.get("sort") || "name"];
+  const asked = new URLSearchParams(location.search); [q, sort] = [asked.get("q") || "", asked.get("sort") || "name"];
   if (search.value.trim() !== q) search.value = q;
-  for (const { dataset, parentNode } of document.querySelectorAll("[data-sort]"))
-    parentNode.ariaSort = sort === dataset.sort ? "ascending"
-      : sort === "-" + dataset.sort ? "descending" : "none";
+  for (const { dataset: { sort: by }, parentNode } of document.querySelectorAll("[data-sort]"))
+    parentNode.ariaSort = { [by]: "ascending", ["-" + by]: "descending" }[sort] || "none";
   for (const format of ["csv", "ndjson"]) $(format).href = query({ format });
-  [pages, origin, counted] = [[{}], 0, false];
-  layout();
+  [pages, origin, counted] = [[{}], 0, false]; layout();
 }
 function go(change, replace) { // to another search or order, which the address holds
-  const now = Object.entries({ q, sort, ...change }).filter(([, v]) => v && v !== "name");
-  const url = "?" + new URLSearchParams(now);
-  history[replace ? "replaceState" : "pushState"](0, "", url);
-  scrollTo(0, 0);
-  restart();
+  const now = Object.entries({ q, sort, ...change }).filter(([, value]) => value && value !== "name");
+  history[replace ? "replaceState" : "pushState"](0, "", "?" + new URLSearchParams(now)); scrollTo(0, 0); restart();
 }
 async function load(at) {
-  const list = pages, page = pages[at], after = page.after && { after: page.after };
-  const url = query({ limit: SIZE, ...after, ...(!counted && { count: true }) });
+  const list = pages, page = pages[at], { after } = page;
+  const more = { limit: SIZE, ...(after && { after }), ...(!counted && { count: true }) };
   page.fresh = counted = true;
-  const got = await call("GET", url).catch((fault) => fault);
+  const got = await call("GET", query(more)).catch((fault) => fault);
   if (pages !== list || pages[at] !== page) return; // an older answer never wins
-  if (got.errors) return note("No list", got.message, "Try again", restart);
+  const faults = (got.errors || []).map((each) => `${each.parameter} ${each.detail}`);
+  if (got.errors) return note("No list", [got.message, ...faults].join("; "), "Try again", restart);
   [page.rows, total] = [got.results, got.total ?? total];
-  const next = got.next && new URL(got.next, api).searchParams.get("after");
+  const next = got.next && new URL(got.next, api).searchParams.get("after"), old = pages[at + 1];
   if (!next) pages.length = at + 1;
-  else if (pages[at + 1]?.after !== next)
-    pages[at + 1] = { after: next, rows: pages[at + 1]?.rows };
+  else if (old?.after !== next) pages[at + 1] = { after: next, rows: old?.rows };
   layout();
 }
 function layout() {
-  const tall = SIZE * (body.querySelector(".user")?.offsetHeight || 48);
-  const seen = Math.floor((scrollY - body.offsetTop) / tall), last = pages.length - 1;
-  const at = Math.max(0, Math.min(last, seen)), first = Math.max(0, at - 1);
-  const near = pages.slice(first, at + 3), users = new Map();
-  near.forEach((page, i) => page.fresh || load(first + i));
-  $("list").ariaBusy = !pages[at].rows;
+  const tall = SIZE * (body.querySelector(".user")?.offsetHeight || 48), last = pages.length - 1;
+  const at = Math.max(0, Math.min(last, Math.floor((scrollY - body.offsetTop) / tall)));
+  const first = Math.max(0, at - 1), near = pages.slice(first, at + 3), users = new Map();
+  near.forEach((page, i) => page.fresh || load(first + i)); $("list").ariaBusy = !pages[at].rows;
   if (!last && !pages[0].rows) return; // the former list stays until this one is here
   for (const page of pages) if (!near.includes(page)) page.rows = page.fresh = null;
   near.forEach((page, i) => page.rows?.forEach((one, n) =>
     users.set(one.id, row(one, (origin + first + i) * SIZE + n + 2))));
-  const coming = pages.length - first - near.filter((page) => page.rows).length;
   above.firstChild.style.height = first * tall + "px";
-  below.firstChild.style.height = coming * tall + "px";
-  paint((rows = users));
-  if (first < 4000) return;
-  [pages, origin] = [pages.slice(2000), origin + 2000]; // browsers end at 33 million px
-  scrollBy(0, -2000 * tall);
+  below.firstChild.style.height = (pages.length - first - near.filter((page) => page.rows).length) * tall + "px";
+  rows = users; paint();
+  if (first > 4000) { // browsers lay out 33 million pixels at most: forget what is far above
+    [pages, origin] = [pages.slice(2000), origin + 2000]; scrollBy(0, -2000 * tall);
+  }
 }
 function row(one, ariaRowIndex) {
   const old = rows.get(one.id), [phone, ...more] = one.phone;
   if (old?.one.version === one.version) return Object.assign(old, { ariaRowIndex });
   const box = make("input", { type: "checkbox", ariaLabel: "Select " + one.name });
-  const name = make("button", { dir: "auto" }, one.name);
   const phones = (phone?.number || "") + (more.length ? ` +${more.length}` : "");
   const city = one.address.find((each) => each.city)?.city || "";
   const day = new Date(one.updated).toLocaleDateString([], { dateStyle: "medium" });
-  const cells = [box, name, one.mail, phones, city, day];
-  const tr = make("tr", { one, ariaRowIndex, role: "row", className: "user" },
-    ...cells.map((content) => make("td", { role: "cell", dir: "auto" }, content)));
-  tr.classList.toggle("changed", changed.delete(one.id));
+  const cells = [box, make("button", { dir: "auto" }, one.name), one.mail, phones, city, day]
+    .map((content) => make("td", { role: "cell", dir: "auto" }, content));
   if (selected.has(one.id)) selected.set(one.id, one);
-  return tr;
+  const className = changed.delete(one.id) ? "user changed" : "user";
+  return make("tr", { one, ariaRowIndex, role: "row", className }, ...cells);
 }
 function paint() {
   const list = [above, ...rows.values(), below], old = [...body.rows];
   const active = document.activeElement, held = active.closest("#rows tr");
   if (old.length !== list.length || old.some((tr, i) => tr !== list[i])) {
-    body.replaceChildren(...list);
+    body.replaceChildren(...list); // and who had the focus has it still, or who stands there now
     const heir = rows.get(held?.one.id) || body.rows[old.indexOf(held)];
-    const focus = active.isConnected ? active : heir?.querySelector("button") || search;
-    if (held) focus.focus({ preventScroll: true });
+    const next = active.isConnected ? active : heir?.querySelector("button") || search;
+    if (held) next.focus({ preventScroll: true });
   }
-  $("list").ariaRowCount = total + 1;
-  show("count", total.toLocaleString() + (q ? " found" : ""));
-  const help = "Add the first one, or drop a CSV or NDJSON file here.";
-  const none = `No name or mail holds “${q}”.`;
+  $("list").ariaRowCount = total + 1; show("count", total.toLocaleString() + (q ? " found" : ""));
   if (rows.size) show("state");
-  else if (q) note("Nobody found", none, "Show all", () => go({ q: "" }));
-  else note("No users yet", help, "New user", () => edit());
+  else if (q) note("Nobody found", `No name or mail holds “${q}”.`, "Show all", () => go({ q: "" }));
+  else note("No users yet", "Add the first, or drop a CSV or NDJSON file here.", "New user", () => edit());
   choose([]);
 }
 function choose(list, on) { // select or unselect these, and show what is selected
@@ -4063,274 +4058,212 @@ function choose(list, on) { // select or unselect these, and show what is select
   const boxes = [...body.querySelectorAll("input")], all = $("all");
   for (const box of boxes) box.checked = selected.has(box.closest("tr").one.id);
   all.checked = boxes.length > 0 && boxes.every((box) => box.checked);
-  all.indeterminate = selected.size > 0 && !all.checked;
-  $("bulk").hidden = !selected.size;
+  all.indeterminate = selected.size > 0 && !all.checked; $("bulk").hidden = !selected.size;
   show("chosen", `${selected.size.toLocaleString()} selected`);
 }
-function refresh() {
-  timer = counted = false;
-  for (const page of pages) page.fresh = false;
-  layout();
-}
+function refresh() { timer = counted = false; for (const page of pages) page.fresh = false; layout(); }
 function follow() { // what others change; a hidden page gives its connection back
-  stream?.close();
-  if (document.hidden) return;
-  stream = new EventSource(`${home}/api/changes?since=${seq}`);
+  stream?.close(); if (document.hidden) return; stream = new EventSource(`${home}/api/changes?since=${seq}`);
   stream.onmessage = (event) => {
-    const { seq: now, user, op } = JSON.parse(event.data);
-    seq = now;
-    changed.add(user);
-    if (op === "delete") selected.delete(user);
+    const change = JSON.parse(event.data); seq = change.seq;
+    changed.add(change.user); if (change.op === "delete") selected.delete(change.user);
     timer ||= setTimeout(refresh, 500);
   };
-  const again = () => follow(refresh()); // refused: the log begins later; look anyway
+  const again = () => follow(refresh()); // refused, as the log begins later: look anyway
   stream.onerror = () => stream.readyState === 2 && setTimeout(again, 5000);
 }
 
-// The form comes out of the table of fields; errors find their place by pointer.
-const parts = (kind, values = {}) => data.fields[kind]
-  .filter((field) => !field.readOnly).map((field) => control(field, values[field.name]));
+// The form comes out of the server's table of fields; errors find their place by pointer.
+const parts = (kind, values = {}) =>
+  data.fields[kind].filter((field) => !field.readOnly).map((field) => control(field, values[field.name]));
 function control(field, value) {
-  if (field.type === "list") return group(field, value || []);
-  const { title, inputType: type = "text", autocomplete = "off", required } = field;
-  const settings = { type, value: value ?? "", autocomplete, required, dir: "auto" };
-  const input = make("input", settings), error = make("small", { className: "error" });
-  const number = () => field.type === "integer" && input.value !== "";
+  const { title, type, inputType, autocomplete = "off", required } = field;
+  if (type === "list") return group(field, value || []); const error = make("small", { className: "error" });
+  const input = make("input", { type: inputType, value: value ?? "", autocomplete, required, dir: "auto" });
   const read = (at) => {
-    places.set(at, [error, input]);
-    return number() ? Number(input.value) : input.value;
+    places.set(at, [error, input]); return type === "integer" && input.value ? Number(input.value) : input.value;
   };
   return make("label", { className: "field", field, read }, title, input, error);
 }
 function group(field, values) { // rows to add and remove
   const { name, title } = field, list = make("div");
-  const more = make("button", { type: "button" }, "Add " + name);
-  const add = (value) => {
+  const more = make("button", { type: "button", onclick: () => add().focus() }, "Add " + name);
+  const add = (value = {}) => {
     const inner = parts(name, value), error = make("small", { className: "error" });
-    const about = { type: "button", ariaLabel: "Remove this " + name };
-    const away = make("button", about, "×"), id = value && { id: value.id };
-    const item = make("div", { className: "item" }, ...inner, away, error);
-    item.read = (at) => collect(inner, at, error, { ...id });
-    away.onclick = () => more.focus(item.remove());
-    list.append(item);
+    const onclick = () => more.focus(item.remove()), ariaLabel = "Remove this " + name;
+    const away = make("button", { type: "button", onclick, ariaLabel }, "×");
+    const read = (at) => collect(inner, at, error, value.id ? { id: value.id } : {});
+    const item = make("div", { className: "item", read }, ...inner, away, error); list.append(item);
     return inner[0].querySelector("input");
   };
-  for (const value of values) add(value);
-  more.onclick = () => add().focus();
+  values.forEach(add);
   const read = (at) => [...list.children].map((item, i) => item.read(`${at}/${i}`));
   return make("fieldset", { field, read }, make("legend", {}, title), list, more);
 }
 function collect(nodes, at, error, item) {
   places.set(at, [error]);
   for (const { field, read } of nodes) {
-    const value = read(`${at}/${field.name}`);
-    if (value !== "" || field.required) item[field.name] = value;
+    const value = read(`${at}/${field.name}`); if (value !== "" || field.required) item[field.name] = value;
   }
   return item;
 }
-const values = () =>
-  collect(controls, "#/item", $("form-error"), {}, (places = new Map()));
+const values = () => collect(controls, "#/item", $("form-error"), {}, (places = new Map()));
+const members = (item, names) => Object.fromEntries(names.map((name) => [name, item[name] ?? null]));
+const changes = (item) => // the members that are not as the form began; null takes one away
+  members(item, controls.map(({ field }) => field.name).filter((name) => !same(item[name], start[name])));
 function edit(one, draft) {
-  [user, controls, sent] = [one, parts("user", one), null];
-  start = values();
+  [user, controls, sent] = [one, parts("user", one), null]; start = values();
   if (draft) controls = parts("user", { ...one, ...draft });
-  show("form-title", one ? one.name : "New user");
-  show("fields", ...controls);
-  show("form-error");
-  const when = one && new Date(one.updated).toLocaleString();
-  show("about", one ? `User ${one.id}, last changed ${when}` : "");
-  $("delete").hidden = !one;
-  if (!$("form").open) $("form").showModal();
-  $("fields").querySelector("input").focus();
-}
-const members = (item, names) => // null takes a member away
-  Object.fromEntries(names.map((name) => [name, item[name] ?? null]));
-function changes(item) { // the members that are not as the form began
-  const names = controls.map(({ field }) => field.name);
-  return members(item, names.filter((name) => !same(item[name], start[name])));
+  show("fields", ...controls); show("form-error"); show("form-title", one ? one.name : "New user");
+  show("about", one ? `User ${one.id}, last changed ${new Date(one.updated).toLocaleString()}` : "");
+  $("delete").hidden = !one; if (!$("form").open) $("form").showModal(); $("fields").querySelector("input").focus();
 }
 function blame(fault) { // each message goes to its field, or to what holds the field
   for (const { pointer, detail } of fault.errors) {
-    let at = pointer;
-    while (at && !places.has(at)) at = at.slice(0, Math.max(0, at.lastIndexOf("/")));
-    const [error, input] = places.get(at || "#/item");
-    error.append(detail + ". ");
+    let at = pointer; while (at && !places.has(at)) at = at.slice(0, Math.max(0, at.lastIndexOf("/")));
+    const [error, input] = places.get(at || "#/item"); error.append(detail + ". ");
     if (input) input.ariaInvalid = "true";
   }
   if (!fault.errors.length) show("form-error", fault.message);
   $("fields").querySelector("[aria-invalid]")?.focus();
 }
 async function save(item, patch) {
-  for (const [error, input] of places.values()) {
-    error.replaceChildren();
-    input?.removeAttribute("aria-invalid");
-  }
+  for (const [error, input] of places.values()) { error.replaceChildren(); input?.removeAttribute("aria-invalid"); }
   const content = JSON.stringify({ item: user ? patch : item });
-  if (sent?.content !== content) sent = { content, key: Date.now() + "" + Math.random() };
-  const once = { "Idempotency-Key": sent.key }; // a second try adds no second user
+  if (sent?.content !== content) sent = { content, key: `${Date.now()}-${Math.random()}` };
+  const how = user ? match(user) : { "Idempotency-Key": sent.key }; // a second try adds no second user
+  const [method, url] = user ? ["PATCH", `${api}/${user.id}`] : ["POST", api];
   try {
-    const got = user ? await call("PATCH", `${api}/${user.id}`, content, match(user))
-      : await call("POST", api, content, once);
-    start = item;
-    $("form").close();
-    say(["Saved ", named(got.results[0])]);
-    refresh();
+    const [saved] = (await call(method, url, content, undefined, how)).results; start = item;
+    $("form").close(); say(["Saved ", named(saved)]); refresh();
   } catch (fault) {
     if (fault.status === 412) return clash(item).catch(blame);
-    if (fault.status === 404) user = null; // deleted: saving again adds it anew
+    if (fault.status === 404) user = null; // deleted meanwhile: saving again adds it anew
     blame(fault);
   }
 }
 async function clash(item) { // someone was faster: whose stays, member by member?
-  const theirs = (await call("GET", `${api}/${user.id}`)).results[0];
+  const theirs = (await call("GET", `${api}/${user.id}`)).results[0], mine = changes(item);
   const plain = ({ id, ...rest }) => Object.values(rest).filter(Boolean).join(" · ");
-  const text = (value) => String(value?.map ? value.map(plain).join("\n") : value ?? "");
-  const mine = changes(item), all = controls.map(({ field }) => field);
-  const other = all.filter(({ name }) => text(item[name]) !== text(theirs[name]));
+  const text = (value) => String(value?.map ? value.map(plain).join("\n") : value ?? "") || "—";
+  const fields = controls.map(({ field }) => field);
+  const other = fields.filter(({ name }) => text(item[name]) !== text(theirs[name]));
   const side = (name, value, checked) => make("td", {}, make("label", {},
-    make("input", { type: "radio", name, checked }), make("bdi", {}, text(value) || "—")));
+    make("input", { type: "radio", name, checked }), make("bdi", {}, text(value))));
   show("versions", ...other.map(({ name, title }) => make("tr", {}, make("th", {}, title),
     side(name, item[name], name in mine), side(name, theirs[name], !(name in mine)))));
   if ((await answer("clash")) !== "save") return;
   const ours = (_, i) => $("versions").rows[i].querySelector("input").checked;
-  user = theirs;
-  save(item, members(item, other.filter(ours).map(({ name }) => name)));
+  user = theirs; save(item, members(item, other.filter(ours).map(({ name }) => name)));
 }
 
 // Several at once: delete and bring back, export, import.
 const chosen = () => [...selected.values()];
-const portions = (list) => !list.length ? [] // ids, as many as a request line can hold
+const portions = (list) => list.length === 0 ? [] // ids, as many as a request line can hold
   : [list.slice(0, 300).map((one) => one.id).join(), ...portions(list.slice(300))];
-async function remove(which) {
-  const list = which.filter(Boolean), one = list.length === 1 && list[0], gone = [];
-  const some = list.slice(0, 9);
-  const who = () => (one ? named(one) : `${list.length} users`);
-  show("ask-title", "Delete ", who(), "?");
-  show("ask-text", some.map((each) => each.mail).join(", ") + (list[9] ? ", …" : ""));
-  if (!list.length || (await answer("ask")) !== "yes") return;
-  start = controls && values();
+async function remove(list) {
+  const [one, ...more] = list, who = () => (more.length ? `${list.length} users` : named(one)), gone = [];
+  if (!one) return; show("ask-title", "Delete ", who(), "?");
+  show("ask-text", list.slice(0, 9).map((each) => each.mail).join(", ") + (list[9] ? ", …" : ""));
+  if ((await answer("ask")) !== "yes") return; start = values();
   $("form").close();
   try {
     for (const ids of portions(list)) { // several are read first, as they are now
-      const found = one ? list : (await call("GET", `${api}?id=${ids}`)).results;
-      const url = one ? `${api}/${ids}` : `${api}?id=${portions(found)}`;
-      if (found.length) await call("DELETE", url, null, one ? match(one) : {});
+      const found = more.length ? (await call("GET", `${api}?id=${ids}`)).results : list;
+      if (more.length && found.length) await call("DELETE", `${api}?id=${portions(found)}`);
+      else if (one) await call("DELETE", `${api}/${ids}`, null, "", match(one));
       gone.push(...found);
     }
-  } catch (fault) {
-    say([fault.status === 412 ? "Not deleted: it has just changed." : fault.message]);
-  }
+  } catch (fault) { say([fault.status === 412 ? "Not deleted: it has just been changed." : fault.message]); }
   if (gone.length) say(["Deleted ", who()], () => restore(gone));
-  choose(list, false);
-  refresh();
+  choose(list, false); refresh();
 }
 async function restore(list) { // as lines of an import, which keep ids and times
   const lines = list.map((one) => JSON.stringify(one)).join("\n");
-  const done = call("POST", api, lines, { "Content-Type": "application/x-ndjson" });
-  say([await done.then(() => "Restored", (fault) => fault.message)]);
-  refresh();
+  const done = call("POST", api, lines, "application/x-ndjson");
+  say([await done.then(() => "Restored", (fault) => fault.message)]); refresh();
 }
 const take = (format) => portions(chosen()).forEach((ids) =>
-  make("a", { href: `${api}?id=${ids}&format=${format}`, download: "" }).click());
+  make("a", { href: `${api}?id=${ids}&format=${format}`, download: "users." + format }).click());
 function bring() {
-  [file, $("file").value, $("import-go").disabled] = [null, "", true];
-  show("report");
-  answer("import");
+  [file, $("file").value, $("import-go").disabled] = [null, "", true]; show("report"); answer("import");
 }
 async function check(chosen) { // what would this file do? nothing is kept yet
-  if (!(file = chosen)) return;
-  const head = await file.slice(0, 99).text();
-  kind = head.trim()[0] === "{" ? "application/x-ndjson" : "text/csv";
-  upload(true);
+  if (!(file = chosen)) return; const head = await file.slice(0, 99).text();
+  kind = head.trim()[0] === "{" ? "application/x-ndjson" : "text/csv"; upload(true);
 }
 function upload(dry_run) { // by XMLHttpRequest, which alone tells how far it is
-  const request = new XMLHttpRequest(), bar = $("progress");
-  const how = new URLSearchParams({ conflict: $("conflict").value, dry_run });
-  request.open("POST", `${api}?${how}`);
+  const request = new XMLHttpRequest(), bar = $("progress"), conflict = $("conflict").value;
+  request.open("POST", `${api}?${new URLSearchParams({ conflict, dry_run })}`);
   request.setRequestHeader("Content-Type", kind);
   request.upload.onprogress = ({ loaded, total }) => (bar.value = loaded / total);
-  request.upload.onload = () => bar.removeAttribute("value"); // sent, not answered yet
+  request.upload.onload = () => bar.removeAttribute("value"); // all is sent, not yet answered
   request.onloadend = () => report(JSON.parse(request.responseText || "{}"), dry_run);
-  [bar.hidden, bar.value, $("import-go").disabled] = [false, 0, true];
-  request.send(file);
+  [bar.hidden, bar.value, $("import-go").disabled] = [false, 0, true]; request.send(file);
 }
 function report(got, dry) {
-  const { code, created, replaced, skipped, detail, errors = [], total } = got;
+  const { code, created, replaced, skipped, detail, errors = [] } = got, good = code === 0;
   const done = `${created} new, ${replaced} replaced, ${skipped} skipped`;
-  const good = code === 0, rest = total - errors.length, className = good ? "" : "error";
   const text = good ? "Ready: " + done : detail || "The server did not answer. Try again.";
-  const cell = (text) => make("td", {}, String(text ?? ""));
-  const line = (e) => make("tr", {}, cell(e.line), cell(e.pointer), cell(e.detail));
-  show("report", named(file), make("p", { className }, text),
-    make("table", {}, ...errors.map(line)), rest > 0 ? `… and ${rest} more` : "");
-  [$("progress").hidden, $("import-go").disabled] = [true, !good];
-  if (!good || dry) return;
-  $("import").close();
-  say(["Imported: " + done]);
-  refresh();
+  const line = (each) => make("tr", {}, ...["line", "pointer", "detail"].map((name) =>
+    make("td", {}, String(each[name] ?? ""))));
+  const rest = got.total > errors.length ? `… and ${got.total - errors.length} more` : "";
+  const told = make("p", { className: good ? "" : "error" }, text);
+  show("report", named(file), told, make("table", {}, ...errors.map(line)), rest);
+  [$("progress").hidden, $("import-go").disabled] = [true, !good]; if (!good || dry) return;
+  $("import").close(); say(["Imported: " + done]); refresh();
 }
 
 // Hands: the shortcuts (the help shows this table), the mouse, the buttons.
 const current = () => document.activeElement.closest(".user")?.one;
-const busy = () => document.querySelector("dialog[open]");
+const free = () => !document.querySelector("dialog[open]");
 function move(step) {
   const list = [...rows.values()], at = list.findIndex((tr) => tr.one === current());
   const seen = list.findIndex((tr) => tr.getBoundingClientRect().top > 90);
   list[at < 0 ? seen : at + step]?.querySelector("button").focus();
 }
-const shortcuts = [
-  ["/", "Search", () => search.focus()],
-  ["n", "New user", () => edit()],
-  ["j", "Next user", () => move(1)],
-  ["k", "Previous user", () => move(-1)],
-  ["Enter", "Open the user"],
-  ["x", "Select the user", (one) => one && choose([one], !selected.has(one.id))],
-  ["d", "Delete the selected", () => remove(selected.size ? chosen() : [current()])],
-  ["u", "Undo, while offered", () => undo?.()],
-  ["i", "Import", bring],
-  ["Esc", "Close, or unselect all"],
+const shortcuts = [ ["/", "Search", () => search.focus()], ["n", "New user", () => edit()],
+  ["j", "Next user", () => move(1)], ["k", "Previous user", () => move(-1)],
+  ["Enter", "Open the user"], ["Esc", "Close, or unselect all"],
+  ["x", "Select the user, or not", ([one]) => one && choose([one], !selected.has(one.id))],
+  ["d", "Delete the selected, or the user", (one) => remove(selected.size ? chosen() : one)],
+  ["u", "Undo, while it is offered", () => undo?.()], ["i", "Import", bring],
   ["?", "Show these shortcuts", () => answer("keys")],
 ];
 document.onkeydown = (event) => {
-  const { key, target, ctrlKey, metaKey, altKey } = event;
+  const { key, target, ctrlKey, metaKey, altKey } = event, one = current();
   const typed = target.matches("input:not([type=checkbox]), select");
-  if (ctrlKey || metaKey || altKey || typed || busy()) return;
-  const act = shortcuts.find(([name]) => name === key)?.[2];
-  if (key === "Escape") choose(chosen(), false);
-  else if (act && $("keys-on").checked) event.preventDefault(act(current()));
+  if (ctrlKey || metaKey || altKey || typed || !free()) return;
+  const act = shortcuts.find(([name]) => name === key)?.[2]; if (key === "Escape") choose(chosen(), false);
+  else if (act && $("keys-on").checked) event.preventDefault(act(one ? [one] : []));
 };
-const held = ({ dataTransfer }) => dataTransfer.types.includes("Files");
-document.ondragover = (event) => held(event) && event.preventDefault(busy() || bring());
-document.ondrop = (event) =>
-  held(event) && check(event.dataTransfer.files[0], event.preventDefault());
+const files = ({ dataTransfer }) => dataTransfer.types.includes("Files");
+document.ondragover = (event) => files(event) && event.preventDefault(free() && bring());
+document.ondrop = (event) => files(event) && check(event.dataTransfer.files[0], event.preventDefault());
 body.onclick = ({ target }) => {
-  const one = target.closest(".user")?.one;
-  if (target.matches("input")) choose([one], target.checked);
+  const one = target.closest(".user")?.one; if (target.matches("input")) choose([one], target.checked);
   else if (one && !String(getSelection())) edit(one);
 };
 const clicks = {
-  new: () => edit(), "import-open": bring, help: () => answer("keys"), leave,
+  new: () => edit(), delete: () => remove([user]), cancel: () => $("form").close(),
   all: () => choose([...rows.values()].map((tr) => tr.one), $("all").checked),
   "bulk-csv": () => take("csv"), "bulk-ndjson": () => take("ndjson"),
   "bulk-delete": () => remove(chosen()), "bulk-clear": () => choose(chosen(), false),
-  delete: () => remove([user]), cancel: () => $("form").close(),
-  "import-go": () => upload(false), menu: () => $("menu").hidePopover?.(),
+  "import-open": bring, "import-go": () => upload(false), help: () => answer("keys"), leave,
+  menu: () => $("menu").hidePopover?.(),
 };
 for (const id in clicks) $(id).onclick = clicks[id];
 for (const button of document.querySelectorAll("[data-sort]")) {
-  const by = button.dataset.sort;
-  button.onclick = () => go({ sort: sort === by ? "-" + by : by });
+  const by = button.dataset.sort; button.onclick = () => go({ sort: sort === by ? "-" + by : by });
 }
-for (const [key, text] of shortcuts)
-  $("key-list").append(make("dt", {}, make("kbd", {}, key)), make("dd", {}, text));
-async function leave() { // a browser forgets its login when another one fails
-  const headers = { Authorization: "Basic " + btoa("logout:") };
-  await fetch(home + "/api/user?limit=1", { headers }).catch(() => 0);
-  stream?.close();
-  document.onvisibilitychange = onscroll = body.replaceChildren();
-  document.body.className = "out";
+for (const [key, text] of shortcuts) $("key-list").append(make("dt", {}, make("kbd", {}, key)), make("dd", {}, text));
+async function leave() { // a browser forgets its login when another fails; stop before it asks
+  const headers = { Authorization: "Basic " + btoa("logout:") }, signal = AbortSignal.timeout(1000);
+  await fetch(home + "/api/user?limit=1", { headers, signal }).catch(() => 0); stream?.close();
+  document.onvisibilitychange = onscroll = body.replaceChildren(); document.body.className = "out";
   note("You are signed out", "", "Sign in", () => location.reload());
 }
+search.onchange = () => (typing = false);
 search.oninput = () => {
   clearTimeout(search.timer);
   search.timer = setTimeout(() => {
@@ -4338,107 +4271,95 @@ search.oninput = () => {
     typing = true; // a search is one step of the history, its letters are not
   }, 150);
 };
-search.onchange = () => (typing = false);
-$("form").onsubmit = (event) => {
-  const item = event.preventDefault() || values();
-  save(item, changes(item));
-};
+$("form").onsubmit = (event) => { const item = event.preventDefault() || values(); save(item, changes(item)); };
 $("form").onclose = () => { // what was dropped can be had back
-  const item = values(), one = user;
-  if (!same(item, start)) say(["Changes dropped"], () => edit(one, item));
+  const item = values(), one = user; if (!same(item, start)) say(["Changes dropped"], () => edit(one, item));
 };
-$("file").onchange = () => check($("file").files[0]);
-$("conflict").onchange = () => check(file);
-$("docs").href = home + "/docs";
-$("leave").hidden = data.actor === null;
-document.body.classList.toggle("reader", data.write === false);
-document.onvisibilitychange = follow;
-onscroll = () => requestAnimationFrame(layout);
-onpopstate = restart;
-restart();
-follow();
+$("file").onchange = () => check($("file").files[0]); $("conflict").onchange = () => check(file);
+$("docs").href = home + "/docs"; $("leave").hidden = data.actor === null;
+document.body.classList.toggle("reader", data.write === false); document.onvisibilitychange = follow;
+onscroll = () => requestAnimationFrame(layout); onpopstate = restart; restart(); follow();
 """
 
 PAGE_HTML = r"""
 <!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Users</title>
-<meta name="viewport" content="width=device-width">
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Users</title>
 <meta name="description" content="The users of this server: find, add, edit, import, export">
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>">
-<style>$STYLE</style></head>
-<body>
-<header class="bar"><h1>Users</h1> <span id="count" role="status"></span>
-  <input id="search" type="search" placeholder="Search name or mail" aria-label="Search"
-    aria-keyshortcuts="/" autocomplete="off" spellcheck="false">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>"><style>$STYLE</style></head>
+<body><header class="bar"><h1>Users</h1> <span id="count" role="status"></span>
+  <input id="search" type="search" placeholder="Search name or mail" aria-label="Search" autocomplete="off">
   <button id="more" popovertarget="menu" aria-label="More">···</button>
-  <button id="new" class="primary write" aria-keyshortcuts="n">New user</button></header>
-<nav id="menu" popover aria-label="More">
-  <button id="import-open" class="write">Import…</button>
-  <a id="csv" download="users.csv">Export as CSV</a>
-  <a id="ndjson" download="users.ndjson">Export as NDJSON</a>
-  <button id="help">Keyboard shortcuts</button>
-  <a id="docs">API reference</a>
-  <button id="leave">Log out</button></nav>
-<main>
-  <noscript><p>This page needs JavaScript. Without it: <code>curl …/api/user</code></noscript>
+  <button id="new" class="primary write">New user</button></header>
+<nav id="menu" popover aria-label="More"><button id="import-open" class="write">Import…</button>
+  <a id="csv" download="users.csv">Export as CSV</a> <a id="ndjson" download="users.ndjson">Export as NDJSON</a>
+  <button id="help">Keyboard shortcuts</button> <a id="docs">API reference</a> <button id="leave">Log out</button></nav>
+<main><noscript><p>This page needs JavaScript. Without it: <code>curl …/api/user</code></p></noscript>
   <table id="list" role="table" aria-label="Users"><thead role="rowgroup"><tr role="row">
     <th role="columnheader"><input type="checkbox" id="all" aria-label="Select all shown">
     <th role="columnheader" scope="col"><button data-sort="name">Name</button>
     <th role="columnheader" scope="col"><button data-sort="mail">Mail</button>
-    <th role="columnheader" scope="col">Phone
-    <th role="columnheader" scope="col">City
+    <th role="columnheader" scope="col">Phone<th role="columnheader" scope="col">City
     <th role="columnheader" scope="col"><button data-sort="updated">Changed</button>
-  </thead><tbody id="rows" role="rowgroup"></tbody></table>
-  <section id="state" role="status"></section>
-</main>
+  </thead><tbody id="rows" role="rowgroup"></tbody></table><section id="state" role="status"></section></main>
 <section id="bulk" aria-label="Selected users" hidden><b id="chosen" role="status"></b>
   <button id="bulk-csv">CSV</button> <button id="bulk-ndjson">NDJSON</button>
   <button id="bulk-delete" class="danger write">Delete…</button>
   <button id="bulk-clear" aria-label="Unselect all">×</button></section>
 <div id="toast" role="status"></div>
-<dialog id="form" aria-labelledby="form-title"><form novalidate>
-  <h2 id="form-title" dir="auto"></h2>
-  <div id="fields"></div>
-  <p id="form-error" class="error" role="alert"></p>
-  <p id="about"></p>
+<dialog id="form" aria-labelledby="form-title"><form novalidate><h2 id="form-title" dir="auto"></h2>
+  <div id="fields"></div><p id="form-error" class="error" role="alert"></p><p id="about"></p>
   <footer><button type="button" id="delete" class="danger write">Delete…</button>
-    <button type="button" id="cancel">Cancel</button>
-    <button class="primary write">Save</button></footer></form></dialog>
+    <button type="button" id="cancel">Cancel</button> <button class="primary write">Save</button></footer></form></dialog>
 <dialog id="clash" aria-labelledby="clash-title"><form method="dialog">
-  <h2 id="clash-title">Someone else saved first</h2>
-  <p>Nothing is lost. Choose what shall stay:</p>
-  <table><thead><tr><td><th scope="col">Yours<th scope="col">Theirs</thead>
-    <tbody id="versions"></tbody></table>
-  <footer><button>Back to the form</button>
-    <button value="save" class="primary">Save the chosen</button></footer></form></dialog>
-<dialog id="import" aria-labelledby="import-title"><form method="dialog">
-  <h2 id="import-title">Import users</h2>
+  <h2 id="clash-title">Someone else saved first</h2><p>Nothing is lost. Choose what shall stay:</p>
+  <table><thead><tr><td><th scope="col">Yours<th scope="col">Theirs</thead><tbody id="versions"></tbody></table>
+  <footer><button>Back to the form</button> <button value="save" class="primary">Save the chosen</button></footer></form></dialog>
+<dialog id="import" aria-labelledby="import-title"><form method="dialog"><h2 id="import-title">Import users</h2>
   <label class="drop"><b>Drop a CSV or NDJSON file here</b>, or click to choose one
     <input type="file" id="file" accept=".csv,.ndjson,.jsonl,.json"></label>
-  <label class="field">When an id is taken<select id="conflict">
-    <option value="fail">refuse the file<option value="skip">keep the user that is here
-    <option value="replace">take the file's user</select></label>
-  <progress id="progress" aria-label="Progress" hidden></progress>
-  <div id="report" role="status"></div>
-  <footer><button>Close</button>
-    <button type="button" id="import-go" class="primary" disabled>Import</button>
-  </footer></form></dialog>
-<dialog id="ask" aria-labelledby="ask-title"><form method="dialog">
-  <h2 id="ask-title"></h2>
-  <p id="ask-text"></p>
-  <footer><button>Cancel</button> <button value="yes" class="danger">Delete</button>
-  </footer></form></dialog>
-<dialog id="keys" aria-labelledby="keys-title"><form method="dialog">
-  <h2 id="keys-title">Keyboard shortcuts</h2>
-  <dl id="key-list"></dl>
-  <label><input type="checkbox" id="keys-on" checked> Use the single keys</label>
+  <label class="field">When an id is taken<select id="conflict"><option value="fail">refuse the file
+    <option value="skip">keep the user that is here<option value="replace">take the file's user</select></label>
+  <progress id="progress" aria-label="Progress" hidden></progress><div id="report" role="status" tabindex="0"></div>
+  <footer><button>Close</button> <button type="button" id="import-go" class="primary" disabled>Import</button></footer>
+</form></dialog>
+<dialog id="ask" aria-labelledby="ask-title"><form method="dialog"><h2 id="ask-title"></h2><p id="ask-text"></p>
+  <footer><button>Cancel</button> <button value="yes" class="danger">Delete</button></footer></form></dialog>
+<dialog id="keys" aria-labelledby="keys-title"><form method="dialog"><h2 id="keys-title">Keyboard shortcuts</h2>
+  <dl id="key-list"></dl><label><input type="checkbox" id="keys-on" checked> Use the single keys</label>
   <footer><button>Close</button></footer></form></dialog>
-<script type="application/json" id="data">$DATA</script>
-<script>$SCRIPT</script></body></html>
+<script type="application/json" id="data">$DATA</script><script>$SCRIPT</script></body></html>
 """
 
 DOCS_SCRIPT = r"""
 "use strict";
+async function send(form) {
+  const { method, path } = form.dataset, query = new URLSearchParams(), headers = {};
+  let url = path;
+  for (const { name, value, dataset } of form.querySelectorAll("input[name]")) {
+    const slot = `{${name}}`;
+    if (url.includes(slot)) url = url.replace(slot, () => encodeURIComponent(value));
+    else if (value && dataset.in === "header") headers[name] = value;
+    else if (value) query.append(name, value);
+  }
+  const area = form.querySelector("textarea"), body = area?.value || undefined;
+  if (body) headers["Content-Type"] = area.dataset.type || "application/json";
+  if (query.size) url += "?" + query;
+  const got = await fetch(location.origin + url, { method, headers, body });
+  const head = [...got.headers].map(([name, value]) => `${name}: ${value}`).join("\n");
+  const text = (await got.text()).slice(0, 20000); // a list may be long
+  return `${got.status} ${got.statusText}\n${head}\n\n${text}`;
+}
+for (const form of document.querySelectorAll("form.try"))
+  form.onsubmit = async (event) => {
+    event.preventDefault();
+    const shown = await send(form).catch(() => "The server did not answer.");
+    form.querySelector("output").textContent = shown;
+  };
+for (const pre of document.querySelectorAll("pre.curl")) {
+  const copy = Object.assign(document.createElement("button"), { textContent: "Copy" });
+  copy.onclick = () => document.execCommand("copy", getSelection().selectAllChildren(pre));
+  pre.after(copy);
+}
 """
 
 
@@ -4618,11 +4539,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.paused = False
-        if self.stream is not None:
-            self.pump()
-        elif not self.busy:
-            self.work()
-            self.transport.resume_reading()
+        self.server.loop.call_soon(self.pump if self.stream else self.work)
 
     # Requests
 
@@ -4652,6 +4569,8 @@ class Connection(asyncio.Protocol):
                 self.server.enqueue(self, environ)
         if self.ended and not self.busy:
             self.transport.close()
+        elif not self.busy:
+            self.transport.resume_reading()
 
     def read_head(self) -> bool:
         """Take a head out of the buffer; False while it is not all there."""
@@ -4913,10 +4832,10 @@ class Connection(asyncio.Protocol):
             self.hang_up()
         elif self.server.stopping or self.ended and not self.buffer:
             self.transport.close()
+        elif self.buffer:
+            self.server.loop.call_soon(self.work)
         else:
             self.transport.resume_reading()
-            if self.buffer:
-                self.server.loop.call_soon(self.work)
 
     def refuse(self, problem: Problem) -> None:
         """Answer a request that cannot be read further, and close."""
@@ -5174,6 +5093,10 @@ class Server:
         notify("READY=1")
         await self.stopped.wait()
         notify("STOPPING=1")
+        for sock in sockets:  # else one that is accepted right now would be forgotten
+            with contextlib.suppress(NotImplementedError):
+                self.loop.remove_reader(sock.fileno())
+        await asyncio.sleep(0)
         for server in servers:
             server.close()
         await self.drain()
@@ -5348,7 +5271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(word.partition("=")[0] == "--token" for word in arguments):
             raise SettingError("a token is no flag: set USERAPI_TOKEN or --token-file")
         given = vars(build_parser().parse_args(arguments))
-        return RUN[given.pop("command")](given)
+        return run_command(given.pop("command"), given)
     except SettingError as fault:
         print(f"userapi: {fault}", file=sys.stderr)
         return 2
@@ -5360,6 +5283,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"  {place}{error.get('pointer', '')} {error['detail']}",
                 file=sys.stderr,
             )
+        return 1
+    except sqlite3.Error as fault:
+        print(f"userapi: {database_problem(fault).detail}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # who reads our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -5420,10 +5346,6 @@ def run_serve(given: Item) -> int:
     return 0
 
 
-def given_store(given: Item) -> Store:
-    return open_store(Settings({name: given[name] for name in STORE_SETTINGS}))
-
-
 class Progress:
     """A line on a terminal that says how far a long command is; else nothing."""
 
@@ -5454,14 +5376,13 @@ class Progress:
             sys.stderr.write("\r\x1b[K")
 
 
-def run_import(given: Item) -> int:
+def run_import(store: Store, given: Item) -> int:
     """Read users out of a file, all of them or none, with the positions of faults."""
-    store, path = given_store(given), given["file"]
-    media = guess_format(path, given["format"], ("csv", "ndjson"))
     with contextlib.ExitStack() as stack:
         file: Any = sys.stdin.buffer
-        if path != "-":
-            file = stack.enter_context(open(path, "rb"))
+        if given["file"] != "-":
+            file = stack.enter_context(open(given["file"], "rb"))
+        media = FORMATS[given["format"] or guess_format(file, given["file"])]
         size = os.fstat(file.fileno()).st_size
         progress = Progress("rows", size)
 
@@ -5478,20 +5399,22 @@ def run_import(given: Item) -> int:
     return 0
 
 
-def guess_format(path: str, named: str | None, known: Sequence[str]) -> str:
-    """The media type of a file by --format, else by the end of its name."""
-    end = named or path.rpartition(".")[2].lower()
-    if end not in known:
-        if path != "-" or named:
-            raise SettingError(f"say with --format which of {', '.join(known)} it is")
-        end = known[0]
-    return FORMATS[end]
+def guess_format(file: Any, path: str) -> str:
+    """What an import's file holds, by the end of its name, else by how it begins."""
+    end = path.rpartition(".")[2].lower()
+    begins = file.peek(1024).removeprefix(BOM).lstrip()[:1]
+    return end if end in ("csv", "ndjson") else "ndjson" if begins == b"{" else "csv"
 
 
-def run_export(given: Item) -> int:
+def run_export(store: Store, given: Item) -> int:
     """Write all users; a file appears under its name when it is whole."""
-    store, path = given_store(given), given["file"]
-    media = guess_format(path, given["format"], tuple(FORMATS)[::-1])
+    path = given["file"]
+    end = given["format"] or path.rpartition(".")[2].lower()
+    if end not in FORMATS and path != "-":
+        raise SettingError(
+            f"say with --format which of {', '.join(FORMATS)} it is to be"
+        )
+    media = FORMATS.get(end, NDJSON)
     members = CSV_MEMBERS if media == CSV else VIEWS["v2"]
     progress = Progress("rows", store.count_users())
 
@@ -5516,20 +5439,19 @@ def run_export(given: Item) -> int:
     return 0
 
 
-def run_backup(given: Item) -> int:
+def run_backup(store: Store, given: Item) -> int:
     progress = Progress("pages", 1)
 
     def show(done: int, total: int) -> None:
         progress.total = total
         progress.show(done)
 
-    given_store(given).backup(given["file"], show)
+    store.backup(given["file"], show)
     progress.end()
     return 0
 
 
-def run_check(given: Item) -> int:
-    store = given_store(given)
+def run_check(store: Store, given: Item) -> int:
     faults = store.check()
     for fault in faults:
         print(f"userapi: {fault}", file=sys.stderr)
@@ -5538,9 +5460,9 @@ def run_check(given: Item) -> int:
     return 1 if faults else 0
 
 
-def run_token(given: Item) -> int:
+def run_token(store: Store, given: Item) -> int:
     """Add, list or revoke named tokens; a token is shown this once."""
-    store, action, name = given_store(given), given["action"], given["name"]
+    action, name = given["action"], given["name"]
     if action == "list":
         for row in store.tokens():
             print("\t".join(part or "never" for part in row))
@@ -5561,14 +5483,27 @@ def run_document(document: Item) -> int:
 
 RUN: dict[str, Callable[[Item], int]] = {
     "serve": run_serve,
+    "openapi": lambda given: run_document(openapi()),
+    "postman": lambda given: run_document(postman()),
+}
+RUN_ON_STORE: dict[str, Callable[[Store, Item], int]] = {
     "import": run_import,
     "export": run_export,
     "backup": run_backup,
     "check": run_check,
     "token": run_token,
-    "openapi": lambda given: run_document(openapi()),
-    "postman": lambda given: run_document(postman()),
 }
+
+
+def run_command(command: str, given: Item) -> int:
+    if command in RUN:
+        return RUN[command](given)
+    settings = Settings({name: given[name] for name in STORE_SETTINGS})
+    makes = command == "import" or given.get("action") == "add"
+    if not makes and settings.db != ":memory:" and not os.path.exists(settings.db):
+        raise Problem(404, f"{settings.db}: there is no such database")
+    with contextlib.closing(open_store(settings)) as store:
+        return RUN_ON_STORE[command](store, given)
 
 
 if __name__ == "__main__":
