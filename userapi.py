@@ -294,10 +294,18 @@ DATABASE_PROBLEMS = (
     ("malformed", 503, "the database is damaged"),
     ("not a database", 503, "the database is damaged"),
     ("no such column", 503, "the database is of an old version and read-only"),
+    *(
+        (part, 503, "the database is damaged")
+        for part in ("no such", "syntax error", "unrecognized token", "codec can't")
+    ),
 )
 
 
-def database_problem(fault: sqlite3.Error) -> Problem:
+#: what SQLite raises; the second where its own text is damaged
+DATABASE_FAULTS = (sqlite3.Error, UnicodeDecodeError)
+
+
+def database_problem(fault: Exception) -> Problem:
     """What a fault of SQLite means to a client; its text stays here."""
     name = getattr(fault, "sqlite_errorname", "")
     for part, status, detail in DATABASE_PROBLEMS:
@@ -323,6 +331,11 @@ MAIL = rf"^(?=[^@]{{1,64}}@)[a-zA-Z0-9.!#$%&'*+/=?^_`{{|}}~-]+@{_LABEL}(?:\.{_LA
 PLAIN = {"id", "name", "mail"}
 PLAIN_NAMES = re.compile(r"(?:[!-~](?:[ -~]{0,198}[!-~])?\n)+")
 PLAIN_MAILS = re.compile(rf"(?:(?=.{{1,254}}\n){MAIL[1:-1]}\n)+")
+_SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*"
+_BARRED = r"\p{Cc}\p{Cn}\u202a-\u202e\u2066-\u2069"
+_UNSEEN = r"\p{Cf}\p{Z}\u115f\u1160\u2800\u3164\uffa0"
+NAME = rf"^{_SPACE}[^{_BARRED}]*[^{_BARRED}{_UNSEEN}][^{_BARRED}]*{_SPACE}$"
+PLAIN_NAME = "^[!-~][ -~¡-¬®-ɏ]*$"
 NUMBER = r"^(?=(?:[^0-9]*[0-9]){3})\+?[0-9(][0-9 ()./-]*( ?x[0-9]+)?$"
 TIME = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(?:[Zz]|([+-]\d\d:\d\d))",
@@ -496,7 +509,13 @@ USER = Shape(
         Field(
             "name",
             "Name",
-            {"type": "string", "minLength": 1, "maxLength": 200},
+            {
+                "type": "string",
+                "minLength": 1,
+                "maxLength": 200,
+                "if": {"pattern": PLAIN_NAME},
+                "else": {"pattern": NAME},
+            },
             "Simone Giertz",
             required=True,
             v1=True,
@@ -664,7 +683,7 @@ def is_plain(batch: list[tuple[Place, Any]]) -> bool:
     """Whether these are items of an import with nothing in them to clean or refuse:
     ids, ASCII names and mails, looked at all at once (one by one takes six times as
     long)."""
-    names, mails = [], []
+    names, mails = list[Any](), list[Any]()
     for _, item in batch:
         if type(item) is not dict or len(item) > 3 or item.keys() - PLAIN:
             return False
@@ -964,12 +983,13 @@ class Store:
         self._group_fault: Problem | None = None
         self._group_changes: list[Item] = []
         self._touched: dict[str, str] = {}
+        self._has_tokens = False, 0.0
         self._low = False  # little room is left: look at each write
         if not self.memory:
             self._refuse_foreign()
         try:
             self._give(self._prepare())
-        except sqlite3.Error as fault:
+        except DATABASE_FAULTS as fault:
             raise database_problem(fault) from fault
         if not self.memory:
             self.close()
@@ -1005,7 +1025,7 @@ class Store:
             if "unable to open" in str(fault) or "readonly" in str(fault):
                 return  # on read-only media: _prepare finds out
             raise Problem(503, database_problem(fault).detail) from None
-        except sqlite3.DatabaseError as fault:
+        except DATABASE_FAULTS as fault:
             what = "no SQLite database" if "not a database" in str(fault) else "damaged"
             raise Problem(503, f"is {what}") from None
 
@@ -1149,7 +1169,7 @@ class Store:
                     return db.execute(sql, values).fetchall()
                 finally:
                     self._give(db)
-        except sqlite3.Error as fault:
+        except DATABASE_FAULTS as fault:
             raise database_problem(fault) from fault
 
     @contextlib.contextmanager
@@ -1171,7 +1191,7 @@ class Store:
                 if keep:
                     self._write_log(scope)
                 self._end(scope, keep)
-            except sqlite3.Error as fault:
+            except DATABASE_FAULTS as fault:
                 self._end(scope, False)
                 raise database_problem(fault) from fault
             except BaseException:
@@ -1315,7 +1335,7 @@ class Store:
                 self._group.execute("PRAGMA busy_timeout = 5000")
             self._group.execute("BEGIN IMMEDIATE")
             self._write_touched(self._group)
-        except sqlite3.Error as fault:
+        except DATABASE_FAULTS as fault:
             problem = database_problem(fault)
             if not wait and problem.status == 503:
                 return False
@@ -1333,7 +1353,7 @@ class Store:
             if self._group_fault:
                 raise self._group_fault
             self._commit(db)
-        except sqlite3.Error as fault:
+        except DATABASE_FAULTS as fault:
             raise database_problem(fault) from fault
         finally:
             if db.in_transaction:
@@ -1849,8 +1869,12 @@ class Store:
         db.execute("DELETE FROM retries WHERE id <= ?", ((id or 0) - 100_000,))
 
     def has_tokens(self) -> bool:
-        """Whether any named token is in the database."""
-        return bool(self.rows("SELECT 1 FROM tokens LIMIT 1"))
+        """Whether any named token is in the database (looked up once in 2 ms)."""
+        known, until = self._has_tokens
+        if until < (now := time.monotonic()):
+            known = bool(self.rows("SELECT 1 FROM tokens LIMIT 1"))
+            self._has_tokens = known, now + 0.002
+        return known
 
     def find_token(self, digest: bytes) -> tuple[str, str, str] | None:
         """Name, role and day of last use of the token with this SHA-256."""
@@ -1890,6 +1914,7 @@ class Store:
                 "INSERT INTO tokens (name, digest, role, created) VALUES (?, ?, ?, ?)",
                 (name, hashlib.sha256(token.encode()).digest(), role, self._now()),
             )
+        self._has_tokens = True, 0.0
         return token
 
     def tokens(self) -> list[tuple[str, str, str, str]]:
@@ -1903,6 +1928,7 @@ class Store:
             sql = "DELETE FROM tokens WHERE name = ?"
             if self._writer().execute(sql, (name,)).rowcount != 1:
                 raise Problem(404, f"there is no token {name}")
+        self._has_tokens = False, 0.0
 
     # Keeping
 
@@ -1924,7 +1950,8 @@ class Store:
         part = f"{path}.{os.getpid()}.part"
         source = self._take()
         try:
-            with contextlib.closing(sqlite3.connect(part)) as target:
+            target = sqlite3.connect(part, isolation_level=None)
+            with contextlib.closing(target):
                 source.backup(
                     target,
                     pages=1000,
@@ -1935,7 +1962,7 @@ class Store:
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(part, path)
-        except sqlite3.Error as fault:
+        except DATABASE_FAULTS as fault:
             raise database_problem(fault) from fault
         except OSError as fault:
             raise Problem(507, f"the backup failed: {reason(fault)}") from None
@@ -2144,7 +2171,12 @@ PARAMS = {
             "At most so many; the answer has `next`.",
             read_number(1, 1000),
         ),
-        Param("after", {"type": "string"}, "The cursor out of `next`.", read_cursor),
+        Param(
+            "after",
+            {"type": ["string", "null"], "pattern": r"^(?=\p{Any})[A-Za-z0-9_-]+$"},
+            "The cursor out of `next`.",
+            read_cursor,
+        ),
         Param("count", BOOL, "Add `total`, the number of all that match.", read_bool),
         Param("q", {"type": "string"}, "Part of a name or mail, ignoring case."),
         Param("name", {"type": "string"}, "Exactly this name."),
@@ -2165,7 +2197,11 @@ PARAMS = {
         ),
         Param(
             "conflict",
-            {"type": "string", "enum": ["fail", "skip", "replace"], "default": "fail"},
+            {
+                "type": "string",
+                "if": {"const": "fail"},
+                "else": {"pattern": r"^(?=\p{Any})(?:skip|replace)$"},
+            },
             "What an import does with an id that is taken.",
             read_choice("fail", "skip", "replace"),
         ),
@@ -2654,6 +2690,7 @@ def list_users(call: Call) -> Answer:
     filters = (params.get(name) for name in ("q", "name", "mail", "id"))
     query = Query(*filters, sort, after, limit)  # type: ignore[call-arg,arg-type]
     seq, headers = call.store.last_seq(), Headers()
+    body: Body
     if limit:
         body, headers = show_page(call, members, query, seq)
     else:
@@ -2759,7 +2796,7 @@ def create_user(call: Call) -> Answer:
             most=call.app.settings.max_items,
         )
         return Answer(done(**counts), status=201)
-    if "conflict" in call.params:
+    if call.params.get("conflict", "fail") != "fail":
         fault = {"parameter": "conflict", "detail": "goes with CSV and NDJSON"}
         raise bad_query([fault])
     items, one = read_items(call)
@@ -3723,7 +3760,7 @@ def query_of(found: Operation, name: str, view: str) -> Item:
         schema["uniqueItems"] = True
     if name == "dry_run" and found.method == "DELETE":
         schema = one_name(("false", "0"), ("true", "1"))
-    parameter = {"name": name, "in": "query", "description": PARAMS[name].help}
+    parameter: Item = {"name": name, "in": "query", "description": PARAMS[name].help}
     if schema["type"] == "array":
         parameter.update(style="form", explode=False)
     required = name == "id" and found.writes
@@ -3945,7 +3982,7 @@ textarea { min-height: 8rem; } .docs { display: grid; grid-template-columns: 15r
   td:nth-child(3) { grid-area: 2 / 2; } #list td:nth-child(n + 4) { grid-area: 2 / 3; max-width: 8.5rem; padding-left:
   0.75rem; text-align: right; } #list td:nth-child(5) { grid-row: 1; } }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
-"""
+"""  # noqa: E501
 
 PAGE_SCRIPT = r"""
 "use strict";
@@ -4279,7 +4316,7 @@ $("file").onchange = () => check($("file").files[0]); $("conflict").onchange = (
 $("docs").href = home + "/docs"; $("leave").hidden = data.actor === null;
 document.body.classList.toggle("reader", data.write === false); document.onvisibilitychange = follow;
 onscroll = () => requestAnimationFrame(layout); onpopstate = restart; restart(); follow();
-"""
+"""  # noqa: E501
 
 PAGE_HTML = r"""
 <!doctype html>
@@ -4328,7 +4365,7 @@ PAGE_HTML = r"""
   <dl id="key-list"></dl><label><input type="checkbox" id="keys-on" checked> Use the single keys</label>
   <footer><button>Close</button></footer></form></dialog>
 <script type="application/json" id="data">$DATA</script><script>$SCRIPT</script></body></html>
-"""
+"""  # noqa: E501
 
 DOCS_SCRIPT = r"""
 "use strict";
@@ -4360,7 +4397,7 @@ for (const pre of document.querySelectorAll("pre.curl")) {
   copy.onclick = () => document.execCommand("copy", getSelection().selectAllChildren(pre));
   pre.after(copy);
 }
-"""
+"""  # noqa: E501
 
 
 def hash_source(text: str) -> str:
@@ -5008,6 +5045,7 @@ class Server:
     def sweep(self) -> None:
         self.sweeper = self.loop.call_later(1, self.sweep)
         now = time.monotonic()
+        self.clock = time.strftime("%d/%b/%Y:%H:%M:%S %z")
         self.date = f"Date: {formatdate(usegmt=True)}\r\nServer: userapi\r\n"
         for connection in list(self.connections):
             connection.sweep(now)
@@ -5045,10 +5083,10 @@ class Server:
                 }
             )
         else:
-            at = time.strftime("%d/%b/%Y:%H:%M:%S %z")
             quoted = [escape_log(part) for part in (request, referer, agent)]
             line = (
-                f'{environ["REMOTE_ADDR"]} - {actor or "-"} [{at}] "{quoted[0]}"'
+                f"{environ['REMOTE_ADDR']} - {actor or '-'} [{self.clock}]"
+                f' "{quoted[0]}"'
                 f' {status} {sent} "{quoted[1]}" "{quoted[2]}" {took:.2f}'
             )
         self.lines.append(line)
@@ -5153,9 +5191,12 @@ def write_text(text: str) -> None:
         sys.stdout.flush()
 
 
+PLAIN_LOG = re.compile(r"[ !#-\[\]-~]*")
+
+
 def escape_log(text: str) -> str:
     """Text for a quoted part of a log line, on one line and in ASCII."""
-    return json.dumps(text)[1:-1]
+    return text if PLAIN_LOG.fullmatch(text) else json.dumps(text)[1:-1]
 
 
 def make_tls(settings: Settings) -> Any:
@@ -5284,7 +5325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
         return 1
-    except sqlite3.Error as fault:
+    except DATABASE_FAULTS as fault:
         print(f"userapi: {database_problem(fault).detail}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # who reads our output has gone
