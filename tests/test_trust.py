@@ -1,0 +1,1307 @@
+"""What the database survives: power cuts, full disks, broken files, company, time.
+
+Each test starts real servers on real files and takes something away from them: the
+process, the disk's room, half of a file, the lock, the clock. Afterwards one question
+is asked: is everything there that was acknowledged, and nothing that was refused?
+
+The figures of the README's table "What it survives" are printed by these tests:
+
+    pytest -s tests/test_trust.py                                    # all of them
+    USERAPI_SOAK=200000 pytest -s tests/test_trust.py -k soak        # the long one
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import http.client
+import io
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import userapi
+
+USERAPI = Path(userapi.__file__).resolve()
+KILLS = int(os.environ.get("USERAPI_KILLS") or 100)
+SOAK = int(os.environ.get("USERAPI_SOAK") or 10_000)
+MIB = 1 << 20
+CLEAN = {k: v for k, v in os.environ.items() if not k.startswith("USERAPI_")}
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="mounts, strace and /proc are Linux's"
+)
+
+
+# ---------------------------------------------------------------------------------
+# Tools
+# ---------------------------------------------------------------------------------
+
+
+def wait_for(condition, what, seconds=30.0):
+    """What `condition` returns once it is true: no test sleeps and hopes."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.01)
+    raise AssertionError(f"{what}: not within {seconds:g} s")
+
+
+class Server:
+    """A server process on a free port; its database outlives it."""
+
+    def __init__(self, db, *flags, prefix=(), env=None, preexec=None, output=None):
+        self.db, self.traced = Path(db), bool(prefix)
+        self.output = Path(output or f"{db}.output")
+        argv = [*prefix, sys.executable, USERAPI, "serve", "--db", db, "--port", "0"]
+        with open(self.output, "wb") as said:
+            self.process = subprocess.Popen(
+                [str(part) for part in (*argv, "--log", "off", *flags)],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                env={**CLEAN, **(env or {})},
+                preexec_fn=preexec,
+            )
+        try:
+            self.port = wait_for(self.find_port, "the start line")
+        except AssertionError:
+            self.kill()
+            raise
+
+    def find_port(self):
+        assert self.process.poll() is None, f"it did not start: {self.said()}"
+        found = re.search(r"^userapi \S+ on http://127\.0\.0\.1:(\d+)/", self.said())
+        return found and int(found[1])
+
+    def said(self):
+        return self.output.read_text("utf-8", "replace")
+
+    @property
+    def pid(self):
+        """The server's own process: a child of the one begun where that is strace."""
+        pid = self.process.pid
+        if self.traced:
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            pid = int(children[0]) if children else pid
+        return pid
+
+    def memory(self):
+        """Bytes that the process alone holds in memory now."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(re.search(r"RssAnon:\s*(\d+) kB", status)[1]) * 1024
+
+    def descriptors(self):
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def wal(self):
+        """Bytes of the write-ahead log."""
+        try:
+            return os.path.getsize(f"{self.db}-wal")
+        except FileNotFoundError:
+            return 0
+
+    def kill(self):
+        """The power cut."""
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                os.kill(self.pid, signal.SIGKILL)
+        self.process.wait(20)
+
+    def stop(self):
+        """End it as a service manager does; nothing in this file may upset it."""
+        if self.process.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+        try:
+            code = self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        assert code == 0, self.said()
+        assert "Traceback" not in self.said(), self.said()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.stop() if kind is None else self.kill()
+
+
+class Gone(Exception):
+    """The connection ended before an answer had come."""
+
+
+class Answer(collections.namedtuple("Answer", "status headers body")):
+    """One answer; a failure that is not a problem is a fault of its own."""
+
+    @property
+    def item(self):
+        return self.body["results"][0]
+
+
+class Client:
+    """One connection that is kept open; nothing is ever sent twice."""
+
+    def __init__(self, server, timeout=60, source=None):
+        self.connection = http.client.HTTPConnection(
+            "127.0.0.1", server.port, timeout=timeout, source_address=source
+        )
+
+    def __call__(self, method, path, content=None, **headers):
+        """Ask; `item`s and lists of items are wrapped, header names made of words."""
+        fields = {name.replace("_", "-"): value for name, value in headers.items()}
+        body = None
+        if content is not None:
+            name = "item" if isinstance(content, dict) else "items"
+            body = json.dumps({name: content})
+            fields["Content-Type"] = "application/json"
+        try:
+            self.connection.request(method, f"/api/v2{path}", body, fields)
+            response = self.connection.getresponse()
+            data = response.read()
+        except (OSError, http.client.HTTPException) as fault:
+            self.connection.close()
+            raise Gone from fault
+        answer = Answer(response.status, response.headers, json.loads(data or b"{}"))
+        if answer.status >= 400:
+            assert answer.body["code"] == 1 and answer.body["status"] == answer.status
+            if answer.status in (503, 507):
+                assert answer.headers["Retry-After"], answer
+        return answer
+
+    def close(self):
+        self.connection.close()
+
+
+def user(name, number=0):
+    """An item whose parts all say the same number, so that half of one shows."""
+    mail = f"{number}@example.org"
+    return {"name": name, "mail": mail, "phone": [{"number": f"+49 {number:09}"}]}
+
+
+def run(*argv, **more):
+    """A command of userapi, done: its exit status and what it printed."""
+    argv = [str(part) for part in (sys.executable, USERAPI, *argv)]
+    more = {"capture_output": True, "text": True, "timeout": 120, "env": CLEAN, **more}
+    return subprocess.run(argv, **more)
+
+
+def in_threads(work, arguments):
+    """What `work` returns for each of the arguments, all at the same time."""
+    found, faults = {}, []
+
+    def one(place, argument):
+        try:
+            found[place] = work(argument)
+        except BaseException as fault:
+            faults.append(fault)
+
+    threads = [
+        threading.Thread(target=one, args=pair, daemon=True)
+        for pair in enumerate(arguments)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(180)
+        assert not thread.is_alive(), "a client waits for ever"
+    if faults:
+        raise faults[0]
+    return [found[place] for place in range(len(threads))]
+
+
+def rows(path, sql="SELECT user_id, user_name, user_mail FROM users ORDER BY 1"):
+    """What stands in a database, read by nothing but SQLite."""
+    with contextlib.closing(sqlite3.connect(path, 20)) as db:
+        return db.execute(sql).fetchall()
+
+
+def assert_whole(path):
+    """Integrity, and that the parts of the database tell the same story."""
+    assert rows(path, "PRAGMA integrity_check") == [("ok",)]
+    done = run("check", "--db", path)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert rows(path, "SELECT count(*) = max(seq) FROM changes") in ([(1,)], [(None,)])
+    ops = "(SELECT count(*) FROM changes WHERE op = '{}')".format
+    sql = f"SELECT {ops('create')} - {ops('delete')} = (SELECT count(*) FROM users)"
+    assert rows(path, sql) == [(1,)], "the log of changes is not what happened"
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Makes small disks: call it with a size for a folder that holds no more."""
+    folders = []
+
+    def make(size, **options):
+        folder = tmp_path / f"disk{len(folders)}"
+        folder.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder],
+            capture_output=True,
+        )
+        if done.returncode:
+            pytest.skip("nobody may mount here")
+        folders.append(folder)
+        return folder
+
+    yield make
+    for folder in folders:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def remount(folder, options):
+    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+
+
+def fill(path):
+    """Take all of a disk's room that there is."""
+    with open(path, "ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+# ---------------------------------------------------------------------------------
+# The process dies
+# ---------------------------------------------------------------------------------
+
+
+class Writer:
+    """Writes under its own names until the server is gone.
+
+    It knows what must be there: what was acknowledged; and what may be there instead:
+    that with the one request whose answer never came, as a whole.
+    """
+
+    def __init__(self, number, seed):
+        self.number, self.random = number, random.Random(seed)
+        self.serial = self.acknowledged = 0
+        self.must = self.may = {}
+
+    def names(self, count):
+        first = self.serial
+        self.serial += count
+        return [f"w{self.number} {first + n}" for n in range(count)]
+
+    def next_request(self):
+        """Method, path, content, and the names and ids that it will leave."""
+        kinds = ["post", "bulk", "put", "bulk put", "delete", "bulk delete"]
+        weights = [4, 2, 4, 1, 2, 1] if len(self.must) < 40 else [1, 0, 4, 1, 4, 4]
+        kind = self.random.choices(kinds, weights)[0] if len(self.must) > 5 else "post"
+        count = self.random.randint(2, 5) if "bulk" in kind else 1
+        here = self.random.sample(sorted(self.must), min(count, len(self.must)))
+        new = self.names(count)
+        items = [user(name, self.serial) for name in new]
+        left = {name: id for name, id in self.must.items() if name not in here}
+        if kind in ("post", "bulk"):
+            content = items if kind == "bulk" else items[0]
+            return "POST", "/user", content, {**self.must, **dict.fromkeys(new)}
+        ids = [self.must[name] for name in here]
+        if "delete" in kind:
+            return "DELETE", f"/user?id={','.join(map(str, ids))}", None, left
+        after = {**left, **dict(zip(new, ids))}
+        if kind == "put":
+            return "PUT", f"/user/{ids[0]}", items[0], after
+        return "PUT", "/user", [{**i, "id": n} for i, n in zip(items, ids)], after
+
+    def run(self, server):
+        client = Client(server)
+        while True:
+            method, path, content, self.may = self.next_request()
+            try:
+                answer = client(method, path, content)
+            except Gone:
+                return
+            assert answer.status in (200, 201), answer
+            self.acknowledged += 1
+            ids = {item["name"]: item["id"] for item in answer.body.get("results", ())}
+            self.must = self.may = {**self.may, **ids}
+
+    def compare(self, there):
+        """Hold `there`, the names and ids of this writer, against what it knows."""
+        assert set(there) in (set(self.must), set(self.may)), (
+            f"lost {set(self.must) - set(there)}, half {set(there) - set(self.must)}"
+        )
+        for name, id in self.may.items():
+            assert id is None or name not in there or there[name] == id
+        self.must = self.may = there
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_keeps_what_it_acknowledged(tmp_path):
+    path, moments = tmp_path / "users.db", random.Random(8)
+    writers = [Writer(number, seed=number) for number in range(8)]
+    for _ in range(KILLS):
+        server = Server(path)
+        moment = moments.uniform(0, 0.3)
+        timer = threading.Timer(moment, server.kill)
+        timer.start()
+        in_threads(lambda writer: writer.run(server), writers)
+        timer.join()
+        there = collections.defaultdict(dict)
+        copy = tmp_path / "copy.db"  # the log is left for the next server to recover
+        for end in ("", "-wal"):
+            shutil.copy(f"{path}{end}", f"{copy}{end}")
+        sql = """SELECT user_id, user_name, user_mail, group_concat(number)
+                 FROM users LEFT JOIN user_phone USING (user_id) GROUP BY 1"""
+        for id, name, mail, number in rows(copy, sql):
+            there[name.partition(" ")[0]][name] = id
+            assert number == f"+49 {int(mail.partition('@')[0]):09}", "half a user"
+        for writer in writers:
+            writer.compare(there[f"w{writer.number}"])
+    assert_whole(path)
+    total = sum(writer.acknowledged for writer in writers)
+    assert total > KILLS
+    print(f"\n{KILLS} kills under {len(writers)} writers: {total} acknowledged, 0 lost")
+
+
+def history(path, steps=40):
+    """Write a history whose every state is known; the database stays open, so that
+    its write-ahead log stays where it is."""
+    store, states = userapi.Store(str(path)), []
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    keep = sqlite3.connect(path)
+    keep.execute("SELECT count(*) FROM users").fetchall()
+    choose = random.Random(3)
+    for step in range(steps):
+        states.append(list(store.find_users()))
+        ids = [shown["id"] for shown in states[-1]]
+        kind = choose.choice(["create", "create", "bulk", "replace", "delete"])
+        if kind == "create" or len(ids) < 6:
+            store.create_users([user(f"step {step}", step)])
+        elif kind == "bulk":
+            store.create_users([user(f"step {step}.{n}", step) for n in range(9)])
+        elif kind == "replace":
+            items = [{"id": id, **user(f"step {step}", step)} for id in ids[:5]]
+            store.replace_users(items)
+        else:
+            store.delete_users(choose.sample(ids, 3))
+    states.append(list(store.find_users()))
+    return store, keep, states
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tail", [False, True], ids=["cut", "with a random tail"])
+def test_wherever_the_log_breaks_off_a_prefix_of_history_is_left(tmp_path, tail):
+    origin = tmp_path / "origin.db"
+    store, keep, states = history(origin)
+    log, main = Path(f"{origin}-wal").read_bytes(), origin.read_bytes()
+    keep.close()
+    store.close()
+    choose, found = random.Random(4), []
+    frames = range(32, len(log) + 1, 4096 + 24)
+    edges = [edge + n for edge in frames for n in (-1, 0, 1) if edge + n <= len(log)]
+    offsets = choose.sample(edges, min(len(edges), 300)) + [0, 31, 32, len(log)]
+    offsets += [choose.randrange(len(log)) for _ in range(1000 - len(offsets))]
+    path = tmp_path / "users.db"
+    for offset in sorted(offsets):
+        rest = choose.randbytes(choose.randrange(1, 9000)) if tail else b""
+        path.write_bytes(main)
+        Path(f"{path}-wal").write_bytes(log[:offset] + rest)
+        store = userapi.Store(str(path))
+        users = list(store.find_users())
+        assert store.check() == []
+        store.close()
+        assert users in states, f"cut at {offset}: a state that never was"
+        found.append(states.index(users))
+    assert found == sorted(found), "a longer log must not hold less"
+    assert (found[0], found[-1]) == (0, len(states) - 1)
+    print(f"\n{len(offsets)} cuts: {len(set(found))} states, each of the history")
+
+
+@pytest.mark.slow
+def test_a_signal_under_load_leaves_no_begun_request_unanswered(tmp_path):
+    path = tmp_path / "users.db"
+    server = Server(path)
+    told, counted = threading.Event(), itertools.count()
+
+    def write(number):
+        """Post until it is over: the acknowledged names, and the unanswered one."""
+        client, names = Client(server), []
+        for serial in itertools.count():
+            name = f"w{number} {serial}"
+            try:
+                answer = client("POST", "/user", user(name))
+            except Gone:
+                return names, name
+            assert answer.status == 201
+            names.append(name)
+            if next(counted) == 200:
+                told.set()
+
+    def begin(number):
+        """Send half of a request, wait for the signal to be out, send the rest."""
+        body = json.dumps({"item": user(f"begun {number}")}).encode()
+        head = f"POST /api/v2/user HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+        head += f"{len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", server.port), 30) as sock:
+            sock.sendall(head.encode() + body[:10])
+            assert told.wait(30)
+            wait_for(lambda: refused(server.port), "the end of listening")
+            sock.sendall(body[10:])
+            return sock.makefile("rb").read()
+
+    def stop(_):
+        assert told.wait(30)
+        server.process.send_signal(signal.SIGTERM)
+        return server.process.wait(30)
+
+    jobs = [(write, n) for n in range(8)] + [(begin, n) for n in range(4)]
+    done = in_threads(lambda job: job[0](job[1]), [*jobs, (stop, 0)])
+    assert done[-1] == 0, server.said()
+    there = {name for _, name, _ in rows(path)}
+    for names, unanswered in done[:8]:
+        assert there.issuperset(names)
+        assert unanswered not in there, "done, and never answered"
+    for raw in done[8:12]:
+        assert raw.startswith(b"HTTP/1.1 201 ") and b"Connection: close" in raw
+    assert {f"begun {n}" for n in range(4)} <= there
+    assert not Path(f"{path}-wal").exists(), "the file alone is whole after the end"
+    assert_whole(path)
+
+
+def refused(port):
+    with contextlib.suppress(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), 5).close()
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------
+# The disk is full
+# ---------------------------------------------------------------------------------
+
+LONG = "x" * 180
+
+
+def post_until_full(server, number, most=20_000):
+    """Post until there is no room: the names acknowledged, and those refused."""
+    client, kept, refused = Client(server), [], []
+    for serial in range(most):
+        name = f"w{number} {serial} {LONG}"
+        answer = client("POST", "/user", user(name, serial))
+        assert answer.status in (201, 507), answer
+        (kept if answer.status == 201 else refused).append(name)
+        if len(refused) == 10:
+            break
+    return kept, refused
+
+
+def assert_reads(server, kept, refused):
+    client = Client(server)
+    names = {shown["name"] for shown in client("GET", "/user").body["results"]}
+    assert names.issuperset(kept), "acknowledged, and not there"
+    assert names.isdisjoint(refused), "refused, and there all the same"
+    assert client("GET", "/user?limit=1&count=true").body["total"] == len(names)
+    assert client("GET", "/changes?limit=5").status == 200
+    return {shown["name"]: shown["id"] for shown in client("GET", "/user").body["results"]}
+
+
+def accepted(client, *request, seconds=30):
+    """The answer of success to a request that the disk may refuse for a while."""
+
+    def ask():
+        answer = client(*request)
+        assert answer.status in (200, 201, 507), answer
+        return answer if answer.status < 300 else None
+
+    return wait_for(ask, f"room for {request[:2]}", seconds)
+
+
+@pytest.mark.slow
+def test_a_disk_filled_by_something_else(disk):
+    folder = disk("8m")
+    with Server(folder / "users.db", output=f"{folder}.output") as server:
+        client, kept, refused = Client(server), [], []
+        for serial in range(300):
+            name = f"before {serial} {LONG}"
+            kept.append(client("POST", "/user", user(name)).item["name"])
+        fill(folder / "filler")
+        more = in_threads(lambda n: post_until_full(server, n), range(4))
+        for names, lost in more:
+            assert lost, "the disk is full, and every write was taken"
+            kept, refused = kept + names, refused + lost
+        ids = assert_reads(server, kept, refused)
+        version = client("GET", "/user/1").headers["ETag"]
+        answer = client("PUT", "/user/1", user("changed"))
+        assert answer.status in (200, 507)
+        if answer.status == 507:
+            assert client("GET", "/user/1").headers["ETag"] == version
+        answer = client("DELETE", "/user/2")
+        assert answer.status in (200, 507)
+        assert (client("GET", "/user/2").status == 404) == (answer.status == 200)
+        done = run("backup", folder / "copy.db", "--db", server.db)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done
+        assert sorted(p.name for p in folder.iterdir() if "copy" in p.name) == []
+        os.remove(folder / "filler")
+        accepted(client, "POST", "/user", user("after"))
+        accepted(client, "PUT", "/user/1", user("changed"))
+        accepted(client, "DELETE", f"/user?id={ids[kept[5]]},{ids[kept[6]]}")
+        more = in_threads(lambda n: post_until_full(server, n, 100), range(4, 8))
+        assert not any(lost for _, lost in more)
+    assert_whole(server.db)
+    there = {name for _, name, _ in rows(server.db)}
+    assert there.issuperset(set(kept[3:]) - set(kept[5:7]))
+    assert there.isdisjoint(refused) and {"after", "changed"} <= there
+
+
+def exhaust(server):
+    """Four writers, until each has been refused ten times: what is then there."""
+    found = in_threads(lambda n: post_until_full(server, n), range(4))
+    kept = [name for names, _ in found for name in names]
+    refused = [name for _, names in found for name in names]
+    assert len(kept) > 400 and len(refused) == 40
+    return assert_reads(server, kept, refused)
+
+
+def assert_deleting_helps(server, ids):
+    """Room that the API itself has made is room."""
+    client = Client(server)
+    gone = list(ids.values())[: len(ids) // 2]
+    for few in (gone[n : n + 20] for n in range(0, len(gone), 20)):
+        accepted(client, "DELETE", f"/user?id={','.join(map(str, few))}")
+    for serial in range(len(gone) // 4):
+        accepted(client, "POST", "/user", user(f"again {serial} {LONG}", serial))
+    total = client("GET", "/user?limit=1&count=true").body["total"]
+    assert total == len(ids) - len(gone) + len(gone) // 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", ["deleting", "a larger disk", "a restart"])
+def test_a_disk_filled_by_the_database_itself(disk, room):
+    """3 MB, which the log alone would fill before it is ever written back."""
+    folder = disk("3m")
+    server = Server(folder / "users.db", output=f"{folder}.output")
+    ids = exhaust(server)
+    if room == "a restart":
+        server.kill()
+        server = Server(server.db, output=f"{folder}.output")
+        assert_reads(server, ids, ())
+        assert_deleting_helps(server, ids)
+    elif room == "deleting":
+        assert_deleting_helps(server, ids)
+    else:
+        remount(folder, "size=12m")
+        client = Client(server)
+        for serial in range(600):
+            accepted(client, "POST", "/user", user(f"again {serial} {LONG}", serial))
+        accepted(client, "DELETE", f"/user/{ids.popitem()[1]}")
+    server.stop()
+    assert_whole(server.db)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", ["deleting", "a higher limit"])
+def test_a_limit_on_the_size_of_files(disk, room):
+    limit, most = 2 * MIB, resource.RLIM_INFINITY
+
+    def confine():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+
+    with Server(disk("64m") / "users.db", preexec=confine) as server:
+        ids = exhaust(server)
+        if room == "deleting":
+            assert_deleting_helps(server, ids)
+        else:
+            resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (8 * MIB, most))
+            client = Client(server)
+            for serial in range(600):
+                name = f"again {serial} {LONG}"
+                accepted(client, "POST", "/user", user(name, serial))
+            accepted(client, "DELETE", f"/user/{ids.popitem()[1]}")
+    assert_whole(server.db)
+
+
+def test_a_full_disk_without_the_server(disk):
+    """As a WSGI application it commits for itself: the same promises."""
+    folder = disk("3m")
+    store = userapi.Store(str(folder / "users.db"))
+    kept, refused = [], 0
+    for serial in range(20_000):
+        try:
+            (shown,) = store.create_users([user(f"{serial} {LONG}", serial)])
+            kept.append(shown["id"])
+        except userapi.Problem as problem:
+            assert problem.status == 507
+            refused += 1
+        if refused == 10:
+            break
+    assert refused == 10
+    assert [shown["id"] for shown in store.find_users()] == kept
+    store.delete_users(kept[:20])
+    store.delete_users(kept[20:40])
+    store.create_users([user("again")])
+    store.close()
+    assert_whole(folder / "users.db")
+
+
+def test_an_import_without_room_leaves_nothing(disk):
+    folder, lines = disk("3m"), []
+    path, source = folder / "users.db", f"{folder}.ndjson"
+    for serial in range(20_000):
+        lines.append(json.dumps(user(f"{serial} {LONG}", serial)) + "\n")
+    Path(source).write_text("".join(lines[:20]))
+    assert run("import", source, "--db", path).returncode == 0
+    Path(source).write_text("".join(lines[20:]))
+    done = run("import", source, "--db", path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done
+    assert len(rows(path)) == 20
+    Path(source).write_text("".join(lines[20:40]))
+    assert run("import", source, "--db", path).returncode == 0
+    assert_whole(path)
+
+
+@pytest.mark.slow
+def test_a_start_on_a_full_disk(disk):
+    """After a power cut on a full disk: what was acknowledged is served."""
+    folder = disk("4m")
+    server = Server(folder / "users.db", output=f"{folder}.output")
+    ids = [Client(server)("POST", "/user", user(f"{n}")).item["id"] for n in range(50)]
+    fill(folder / "filler")
+    server.kill()
+    with Server(server.db, output=f"{folder}.output") as server:
+        client = Client(server)
+        shown = client("GET", "/user").body["results"]
+        assert [one["id"] for one in shown] == ids
+        assert client("POST", "/user", user("late")).status in (201, 507)
+        os.remove(folder / "filler")
+        accepted(client, "POST", "/user", user("later"))
+    assert_whole(server.db)
+
+
+# ---------------------------------------------------------------------------------
+# The disk fails
+# ---------------------------------------------------------------------------------
+
+
+def failing(calls, when):
+    """A prefix that has the system calls fail: `when` is a number, and a step."""
+    inject = f"inject={calls}:error=EIO:when={when}"
+    return ["strace", "-f", "-qq", "-o", "/dev/null", "-e", inject]
+
+
+def write_and_read(server, writer, most):
+    """What a lone writer does against a disk that fails now and then."""
+    client, statuses = Client(server), collections.Counter()
+    for _ in range(most):
+        method, path, content, after = writer.next_request()
+        answer = client(method, path, content)
+        statuses[answer.status] += 1
+        assert answer.status in (200, 201, 503, 507), answer
+        if answer.status < 300:
+            shown = answer.body.get("results", ())
+            writer.must = {**after, **{item["name"]: item["id"] for item in shown}}
+        if writer.must:
+            name, id = next(iter(writer.must.items()))
+            answer = client("GET", f"/user/{id}")
+            assert answer.status in (200, 503, 507), answer
+            assert answer.status != 200 or answer.item["name"] == name
+    writer.may = writer.must
+    return statuses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("calls", "when", "step"),
+    [
+        ("pwrite64", 60, "17"),
+        ("pwrite64", 200, ""),
+        ("fdatasync,fsync", 8, "5"),
+        ("fdatasync,fsync", 30, ""),
+        ("pread64", 20, "9"),
+        ("ftruncate,fallocate", 4, "1"),
+    ],
+)
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_a_disk_that_fails_is_never_a_success(tmp_path, calls, when, step, end):
+    path, writer = tmp_path / "users.db", Writer(0, 5)
+    with Server(path) as server:
+        write_and_read(server, writer, 10)
+    for later in itertools.count(when, 20):
+        try:
+            server = Server(path, prefix=failing(calls, f"{later}+{step}"))
+            break
+        except AssertionError as fault:  # the disk failed at the start already
+            assert re.search(r"did not start: userapi: [^\n]+\n", str(fault)), fault
+    statuses = write_and_read(server, writer, 120)
+    assert statuses[503] + statuses[507] or not calls.startswith(("pw", "fd"))
+    assert statuses[200] + statuses[201], statuses
+    server.stop() if end == "stop" else server.kill()
+    assert "Traceback" not in server.said(), server.said()
+    with Server(path) as server:
+        shown = Client(server)("GET", "/user").body["results"]
+        writer.compare({one["name"]: one["id"] for one in shown})
+        accepted(Client(server), "POST", "/user", user("after"))
+    assert_whole(path)
+
+
+# ---------------------------------------------------------------------------------
+# Broken and foreign files
+# ---------------------------------------------------------------------------------
+
+
+def sound(path, count=60):
+    """A database of ours, closed, whose file alone is whole."""
+    store = userapi.Store(str(path))
+    store.create_users([user(f"user {number}", number) for number in range(count)])
+    store.close()
+    return path
+
+
+def foreign(path, *statements):
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        for statement in statements:
+            db.execute(statement)
+        db.commit()
+
+
+def with_pragma(path, pragma):
+    sound(path)
+    foreign(path, f"PRAGMA {pragma}")
+
+
+def cut(path, size):
+    os.truncate(sound(path), size)
+
+
+def beside(path, end):
+    path.write_bytes(b"")
+    Path(f"{path}{end}").write_bytes(b"x" * 5000)
+
+
+BROKEN = {
+    "text": lambda path: path.write_text("users: none\n" * 100),
+    "a single byte": lambda path: path.write_bytes(b"\n"),
+    "a text that begins as a database": lambda path: path.write_bytes(
+        b"SQLite format 3\0 is what this text is about" * 50
+    ),
+    "zeros": lambda path: path.write_bytes(bytes(8192)),
+    "noise": lambda path: path.write_bytes(random.Random(1).randbytes(20_000)),
+    "half a header": lambda path: cut(path, 50),
+    "half a page": lambda path: cut(path, 2000),
+    "one page": lambda path: cut(path, 4096),
+    "half of it": lambda path: cut(path, 50_000),
+    "a newer version": lambda path: with_pragma(path, "user_version = 999"),
+    "a negative version": lambda path: with_pragma(path, "user_version = -1"),
+    "another application": lambda path: with_pragma(path, "application_id = 7"),
+    "another program's": lambda path: foreign(path, "CREATE TABLE t (a, b)"),
+    "another program's users": lambda path: foreign(
+        path, "CREATE TABLE users (id INTEGER PRIMARY KEY, login TEXT)"
+    ),
+    "another program's, numbered": lambda path: foreign(
+        path, "CREATE TABLE t (a)", "PRAGMA user_version = 1"
+    ),
+    "another program's, with a log": lambda path: foreign(
+        path, "PRAGMA journal_mode = WAL", "CREATE TABLE t (a)"
+    ),
+    "another program's, with a journal": lambda path: foreign(
+        path, "PRAGMA journal_mode = PERSIST", "CREATE TABLE t (a)"
+    ),
+    "a newer version, with a journal": lambda path: foreign(
+        sound(path),
+        "PRAGMA journal_mode = PERSIST",
+        "PRAGMA user_version = 999",
+    ),
+    "an empty file beside a log": lambda path: beside(path, "-wal"),
+    "an empty file beside a journal": lambda path: beside(path, "-journal"),
+    "a folder": lambda path: path.mkdir(),
+    "a link to nowhere in particular": lambda path: path.symlink_to("/nowhere/x.db"),
+    "no such folder": lambda path: None,
+}
+
+
+def contents(folder):
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "export", "import"])
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_is_not_ours_is_left_alone(tmp_path, capsys, monkeypatch, kind, command):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    path = folder / "users.db"
+    if kind == "no such folder":
+        path = folder / "missing" / "users.db"
+    BROKEN[kind](path)
+    before = contents(folder)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    argv = [command, "--db", str(path), *(["-"] if command == "import" else [])]
+    if command == "serve":
+        argv += ["--port", "0"]
+    assert userapi.main(argv) in (1, 2)
+    said = capsys.readouterr()
+    assert said.out == "" and re.fullmatch(r"userapi: [^\n]+\n", said.err), said
+    assert str(path) in said.err, "which file is it about?"
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("kind", ["text", "half of it", "another program's users"])
+def test_a_server_refuses_a_broken_file_in_one_line(tmp_path, kind):
+    path = tmp_path / "users.db"
+    BROKEN[kind](path)
+    before = contents(tmp_path)
+    done = run("serve", "--db", path, "--port", "0")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"userapi: [^\n]+\n", done.stderr), done.stderr
+    assert contents(tmp_path) == before
+
+
+def mutate(data, choose):
+    """Damage as disks, memory and programs do it."""
+    data = bytearray(data)
+    kind = choose.choice(["bits", "bytes", "zeros", "swap", "cut", "header", "noise"])
+    for _ in range(choose.randint(1, 8)):
+        at = choose.randrange(100 if kind == "header" else len(data))
+        block = at // 512 * 512
+        if kind == "bits":
+            data[at] ^= 1 << choose.randrange(8)
+        elif kind in ("bytes", "header"):
+            data[at] = choose.randrange(256)
+        elif kind == "zeros":
+            data[block : block + 512] = bytes(512)
+        elif kind == "noise":
+            data[block : block + 512] = choose.randbytes(512)
+        elif kind == "swap":
+            other = choose.randrange(len(data) // 512) * 512
+            one, two = data[block : block + 512], data[other : other + 512]
+            data[block : block + 512], data[other : other + 512] = two, one
+    return bytes(data[: choose.randrange(len(data))] if kind == "cut" else data)
+
+
+def ask(app, method, path, content=None):
+    """A request to the application itself: its status and its body."""
+    body, told = json.dumps(content).encode(), []
+    environ = {
+        "REQUEST_METHOD": method,
+        "PATH_INFO": path,
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "HTTP_HOST": "localhost",
+        "REMOTE_ADDR": "127.0.0.1",
+        "wsgi.input": io.BytesIO(body),
+        "wsgi.errors": sys.stderr,
+        "wsgi.url_scheme": "http",
+    }
+    if content is not None:
+        environ.update(CONTENT_LENGTH=str(len(body)), CONTENT_TYPE="application/json")
+    chunks = app(environ, lambda status, headers: told.append(int(status[:3])))
+    return told[0], b"".join(chunks)
+
+
+@pytest.mark.slow
+def test_five_hundred_mutations(tmp_path, capsys):
+    origin = sound(tmp_path / "origin.db").read_bytes()
+    path, tally = tmp_path / "users.db", collections.Counter()
+    for seed in range(500):
+        for end in ("", "-wal", "-shm", "-journal"):
+            Path(f"{path}{end}").unlink(missing_ok=True)
+        data = mutate(origin, random.Random(seed))
+        path.write_bytes(data)
+        try:
+            app = userapi.UserAPI(db=str(path), open=True)
+        except userapi.Problem as problem:
+            assert problem.status == 503 and "\n" not in problem.detail
+            assert path.read_bytes() == data, f"seed {seed}: refused, and changed"
+            tally["refused"] += 1
+            continue
+        with contextlib.suppress(userapi.Problem):  # cut off: the client sees that
+            status, body = ask(app, "GET", "/api/v2/user")
+            assert status in (200, 503), (seed, status, body)
+            if status == 200:
+                json.loads(body)
+        for id in range(1, 4):
+            status, body = ask(app, "GET", f"/api/v2/user/{id}")
+            assert status in (200, 404, 503), (seed, status, body)
+            assert json.loads(body)
+        app.close()
+        assert path.read_bytes() == data, f"seed {seed}: read, and changed"
+        for method, place, content in (
+            ("POST", "/api/user", {"item": {"name": "A", "mail": "a@b.c"}}),
+            ("PUT", "/api/user/2", {"item": {"name": "A", "mail": "a@b.c"}}),
+            ("DELETE", "/api/user/3", None),
+        ):
+            status, body = ask(app, method, place, content)
+            assert status in (200, 201, 404, 409, 503), (seed, status, body)
+        app.close()
+        assert userapi.main(["check", "--db", str(path)]) in (0, 1)
+        tally["served"] += 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert tally["refused"] > 100 and tally["served"] > 20
+    print(f"\n500 mutations: {dict(tally)}, none changed, no fault unknown")
+
+
+#: root reads and writes what it likes; without these two it is like anyone else
+UNPRIVILEGED = (
+    ["setpriv", "--inh-caps=-all", "--bounding-set=-dac_override,-dac_read_search"]
+    if os.getuid() == 0
+    else []
+)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o200])
+def test_a_file_that_may_not_be_read(tmp_path, mode):
+    path = sound(tmp_path / "users.db")
+    before = path.read_bytes()
+    path.chmod(mode)
+    argv = [*UNPRIVILEGED, sys.executable, USERAPI, "serve", "--db", path, "--port=0"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=CLEAN, timeout=60)
+    path.chmod(0o600)
+    assert done.returncode == 1
+    assert re.fullmatch(r"userapi: [^\n]+\n", done.stderr), done.stderr
+    assert path.read_bytes() == before
+
+
+def assert_reads_only(server, count):
+    client = Client(server)
+    assert len(client("GET", "/user").body["results"]) == count
+    assert client("GET", "/user/1").status == 200
+    assert client("GET", "/changes").status == 200
+    for request in (
+        ("POST", "/user", user("new")),
+        ("PUT", "/user/1", user("new")),
+        ("PATCH", "/user/1", {"name": "new"}),
+        ("DELETE", "/user/1"),
+        ("POST", "/user/1/phone", {"number": "+49 123"}),
+    ):
+        answer = client(*request)
+        assert answer.status == 503 and int(answer.headers["Retry-After"]) > 0
+    assert len(client("GET", "/user").body["results"]) == count
+
+
+@pytest.mark.parametrize("modes", [(0o444, 0o755), (0o444, 0o555), (0o644, 0o555)])
+def test_a_file_that_may_not_be_written(tmp_path, modes):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    path = sound(folder / "users.db")
+    before = path.read_bytes()
+    path.chmod(modes[0])
+    folder.chmod(modes[1])
+    try:
+        with Server(path, prefix=UNPRIVILEGED, output=tmp_path / "output") as server:
+            server.traced = False
+            if modes[0] == 0o444:
+                assert_reads_only(server, 60)
+            else:
+                assert len(Client(server)("GET", "/user").body["results"]) == 60
+                assert Client(server)("POST", "/user", user("x")).status in (201, 503)
+    finally:
+        folder.chmod(0o755)
+    assert path.read_bytes() == before or modes[0] != 0o444
+
+
+@pytest.mark.parametrize("left", ["closed", "cut off"])
+def test_read_only_media(disk, left):
+    folder = disk("8m")
+    path, count = folder / "users.db", 60
+    sound(path)
+    if left == "cut off":  # what is acknowledged stands in the log alone
+        server = Server(path, output=f"{folder}.output")
+        for number in range(5):
+            assert Client(server)("POST", "/user", user(f"{number}")).status == 201
+        server.kill()
+        count += 5
+    before = contents(folder)
+    remount(folder, "ro")
+    try:
+        with Server(path, output=f"{folder}.output") as server:
+            assert_reads_only(server, count)
+    except AssertionError as fault:
+        assert left == "cut off" and "did not start" in str(fault), fault
+        assert re.search(r"\nuserapi: [^\n]+\n", "\n" + server_said(folder))
+    assert contents(folder) == before
+    done = run("check", "--db", path)
+    assert done.returncode == (0 if left == "closed" else done.returncode), done
+    assert "Traceback" not in done.stderr
+
+
+def server_said(folder):
+    return Path(f"{folder}.output").read_text("utf-8")
+
+
+# ---------------------------------------------------------------------------------
+# Company
+# ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def two_servers(path):
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(Server(path, output=f"{path}.output{number}"))
+            for number in range(2)
+        ]
+
+
+@pytest.mark.slow
+def test_two_processes_lose_no_update(tmp_path):
+    """1,000 increments by read, compare and write, of two counters: the sum is 1,000."""
+    path, times, tally = tmp_path / "users.db", [], collections.Counter()
+    with two_servers(path) as servers:
+        client = Client(servers[0])
+        for _ in range(2):
+            client("POST", "/user", user("0"))
+
+        def count(number):
+            client, id = Client(servers[number % 2]), number // 2 % 2 + 1
+            for _ in range(125):
+                while True:
+                    was = client("GET", f"/user/{id}")
+                    began = time.monotonic()
+                    new = user(str(int(was.item["name"]) + 1))
+                    match = {"If_Match": was.headers["ETag"]}
+                    answer = client("PUT", f"/user/{id}", new, **match)
+                    times.append(time.monotonic() - began)
+                    tally[answer.status] += 1
+                    assert answer.status in (200, 412, 503), answer
+                    if answer.status == 200:
+                        break
+
+        in_threads(count, range(8))
+        sums = [int(Client(servers[1])("GET", f"/user/{id}").item["name"]) for id in (1, 2)]
+    assert sums == [500, 500] and tally[200] == 1000
+    slowest = sorted(times)[len(times) * 99 // 100]
+    assert slowest < 5, "somebody starves"
+    assert_whole(path)
+    print(f"\n1000 increments, 2 processes: {dict(tally)}, p99 {slowest * 1000:.0f} ms")
+
+
+@pytest.mark.slow
+def test_two_processes_under_mixed_load_keep_what_they_acknowledge(tmp_path):
+    path, times = tmp_path / "users.db", []
+
+    def write(writer):
+        client = Client(servers[writer.number % 2])
+        for _ in range(150):
+            method, target, content, after = writer.next_request()
+            began = time.monotonic()
+            answer = client(method, target, content)
+            times.append(time.monotonic() - began)
+            assert answer.status in (200, 201, 503), answer
+            if answer.status < 300:
+                shown = answer.body.get("results", ())
+                writer.must = {**after, **{item["name"]: item["id"] for item in shown}}
+
+    writers = [Writer(number, seed=number) for number in range(8)]
+    with two_servers(path) as servers:
+        in_threads(write, writers)
+        views = [Client(server)("GET", "/user").body["results"] for server in servers]
+    assert views[0] == views[1]
+    names = {shown["name"] for shown in views[0]}
+    assert names == {name for writer in writers for name in writer.must}
+    slowest = sorted(times)[len(times) * 99 // 100]
+    assert slowest < 5, "somebody starves"
+    assert_whole(path)
+    print(f"\n{len(times)} writes by 2 processes: p99 {slowest * 1000:.0f} ms")
+
+
+@pytest.mark.parametrize("begin", ["BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"])
+def test_another_program_holds_the_lock(tmp_path, begin):
+    path = tmp_path / "users.db"
+    with Server(path) as server, contextlib.closing(sqlite3.connect(path)) as other:
+        other.isolation_level = None
+        client = Client(server)
+        for number in range(2):
+            client("POST", "/user", user(str(number)))
+        other.execute(begin)
+        other.execute("UPDATE users SET user_name = 'theirs' WHERE user_id = 1")
+        requests = [("POST", "/user", user("x")), ("PUT", "/user/2", user("x"))]
+        requests += [("DELETE", "/user/2"), ("PATCH", "/user/2", {"name": "x"})]
+
+        def write(request):
+            began = time.monotonic()
+            return Client(server)(*request), time.monotonic() - began
+
+        def read(_):
+            reader, slowest = Client(server), 0
+            for _ in range(100):
+                began = time.monotonic()
+                assert reader("GET", "/user/1").item["name"] == "0"
+                slowest = max(slowest, time.monotonic() - began)
+            return slowest
+
+        jobs = [(write, request) for request in requests] + [(read, None)]
+        *done, slowest = in_threads(lambda job: job[0](job[1]), jobs)
+        assert {answer.status for answer, _ in done} == {503}
+        assert max(took for _, took in done) < 15
+        assert slowest < 3, "who reads must not wait for who writes"
+        version = client("GET", "/user/1").headers["ETag"]
+        other.execute("COMMIT")
+        assert client("GET", "/user/1").item["name"] == "theirs"
+        stale = client("PUT", "/user/1", user("mine"), If_Match=version)
+        assert stale.status == 412
+        assert client("POST", "/user", user("x")).status == 201
+        assert client("DELETE", "/user/2").status == 200
+    assert_whole(path)
+
+
+def test_another_program_that_reads_for_long_harms_nobody(tmp_path):
+    path = tmp_path / "users.db"
+    with Server(path) as server, contextlib.closing(sqlite3.connect(path)) as other:
+        client = Client(server)
+        client("POST", "/user", user("first"))
+        other.isolation_level = None
+        other.execute("BEGIN")
+        other.execute("SELECT count(*) FROM users").fetchall()
+        for number in range(300):
+            assert client("POST", "/user", user(f"{number}", number)).status == 201
+        assert other.execute("SELECT count(*) FROM users").fetchall() == [(1,)]
+        assert client("GET", "/user?limit=1&count=true").body["total"] == 301
+        other.execute("COMMIT")
+    assert_whole(path)
+
+
+def test_of_forty_with_the_same_version_one_wins(tmp_path):
+    path = tmp_path / "users.db"
+    with two_servers(path) as servers:
+        client = Client(servers[0])
+        version = client("POST", "/user", user("0")).headers["ETag"]
+        version = version or client("GET", "/user/1").headers["ETag"]
+        together = threading.Barrier(40)
+
+        def put(number):
+            client = Client(servers[number % 2])
+            client("GET", "/user/1")
+            together.wait(30)
+            answer = client("PUT", "/user/1", user(f"{number}"), If_Match=version)
+            return answer.status, number
+
+        done = in_threads(put, range(40))
+        statuses = collections.Counter(status for status, _ in done)
+        assert statuses == {200: 1, 412: 39}
+        name = client("GET", "/user/1").item["name"]
+        assert name == next(str(number) for status, number in done if status == 200)
+    assert_whole(path)
+
+
+def test_a_key_creates_once_whatever_happens(tmp_path):
+    path = tmp_path / "users.db"
+    key = {"Idempotency_Key": "once"}
+    with two_servers(path) as servers:
+        together = threading.Barrier(20)
+
+        def post(number):
+            client = Client(servers[number % 2])
+            client("GET", "/user")
+            together.wait(30)
+            return client("POST", "/user", user("once"), **key)
+
+        done = in_threads(post, range(20))
+        assert {answer.status for answer in done} == {201}
+        assert len({json.dumps(answer.body) for answer in done}) == 1
+        replayed = [answer.headers["Idempotency-Replayed"] for answer in done]
+        assert collections.Counter(replayed) == {"true": 19, None: 1}
+        for server in servers:
+            server.kill()
+        with Server(path) as server:
+            again = in_threads(
+                lambda _: Client(server)("POST", "/user", user("once"), **key), range(5)
+            )
+            assert {json.dumps(answer.body) for answer in again} == {
+                json.dumps(done[0].body)
+            }
+            assert {one.headers["Idempotency-Replayed"] for one in again} == {"true"}
+            other = Client(server)("POST", "/user", user("other"), **key)
+            assert other.status == 422
+        for server in servers:  # they have been killed above
+            server.stop = lambda: None
+    assert [name for _, name, _ in rows(path)] == ["once"]
+
+
+@pytest.mark.slow
+def test_a_power_cut_between_a_key_and_its_answer(tmp_path):
+    """The client repeats what it got no answer to: it is done once."""
+    path, choose, names = tmp_path / "users.db", random.Random(2), []
+    for turn in range(15):
+        server = Server(path)
+        threading.Timer(choose.uniform(0, 0.15), server.kill).start()
+        client = Client(server)
+        with contextlib.suppress(Gone):
+            for serial in itertools.count():
+                names.append(f"{turn} {serial}")
+                client("POST", "/user", user(names[-1]), Idempotency_Key=f"{len(names)}")
+        server.process.wait(20)
+        with Server(path) as server:
+            key = {"Idempotency_Key": f"{len(names)}"}
+            answer = Client(server)("POST", "/user", user(names[-1]), **key)
+            assert answer.status == 201
+    assert [name for _, name, _ in rows(path)] == names
+    assert_whole(path)
+
+
+class Events:
+    """Reads server-sent events as a browser does, and is cut off now and then."""
+
+    def __init__(self, servers, last, seed):
+        self.servers, self.random = servers, random.Random(seed)
+        self.seqs, self.cuts = [], 0
+        self.end = re.compile(rb"^id: %d\n.+\n\n" % last, re.M)
+
+    def read_some(self, most):
+        """Read from one of the servers until `most` bytes or the last have come."""
+        server = self.random.choice(self.servers)
+        last = f"Last-Event-ID: {self.seqs[-1]}\r\n" if self.seqs else ""
+        head = f"GET /api/changes?since=0 HTTP/1.1\r\nHost: localhost\r\n{last}"
+        text = b""
+        with socket.create_connection(("127.0.0.1", server.port), 30) as sock:
+            sock.sendall(f"{head}Accept: text/event-stream\r\n\r\n".encode())
+            while len(text) < most and not self.end.search(text):
+                text += sock.recv(min(4096, most - len(text)))
+        self.cuts += 1
+        assert text.startswith(b"HTTP/1.1 200 ")
+        body = re.sub(rb"\r\n[0-9a-f]+\r\n", b"", text.partition(b"\r\n\r\n")[2])
+        for event in body.split(b"\n\n")[:-1]:  # what is not whole does not count
+            found = re.search(rb"^id: (\d+)\ndata: (.+)$", event, re.M)
+            if found:
+                assert json.loads(found[2])["seq"] == int(found[1])
+                self.seqs.append(int(found[1]))
+
+
+@pytest.mark.slow
+def test_a_reader_cut_off_fifty_times_sees_each_change_once(tmp_path):
+    path, total = tmp_path / "users.db", 5000
+    with two_servers(path) as servers:
+        reader = Events(servers, total, seed=7)
+
+        def read(_):
+            while reader.cuts < 50:
+                reader.read_some(reader.random.randrange(300, 18_000))
+            while len(reader.seqs) < total:
+                reader.read_some(MIB)
+
+        def write(number):
+            client = Client(servers[number % 2])
+            for serial in range(total // 8):
+                name = f"{number} {serial}"
+                answer = accepted_by(client, "POST", "/user", user(name))
+                assert answer.status == 201
+
+        in_threads(lambda job: job[0](job[1]), [(read, 0), *((write, n) for n in range(8))])
+    assert reader.seqs == list(range(1, total + 1))
+    print(f"\n{reader.cuts} interruptions of a reader during {total} writes: none missed")
+
+
+def accepted_by(client, *request):
+    """The answer to a request that may find the database busy."""
+
+    def ask():
+        answer = client(*request)
+        return answer if answer.status != 503 else None
+
+    return wait_for(ask, "a turn")
