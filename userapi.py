@@ -114,7 +114,7 @@ SETTINGS = (
     Setting("allow_host", (), "names that the Host header may have, by commas"),
     Setting("cors", (), "origins whose pages may call the API, by commas"),
     Setting(
-        "trusted_proxy", (), "addresses whose X-Forwarded-* is believed, by commas"
+        "trusted_proxy", (), "addresses or networks whose X-Forwarded-* is believed"
     ),
     Setting("unique_mail", False, "refuse a mail address that another user has"),
     Setting("require_if_match", False, "refuse a change of one user without If-Match"),
@@ -586,17 +586,21 @@ class Faults:
 
     def raise_worst(self) -> None:
         """Raise Problem 422, else 404, else 409, where there were faults."""
-        for status, one, many in (
-            (422, "1 member is not valid", "{} members are not valid"),
-            (404, "there is no such user or row", "{} of the items do not exist"),
-            (409, "the id or mail address is taken", "{} of the items are taken"),
-        ):
+        for status in (422, 404, 409):
             if status in self.statuses:
-                detail = one if self.total == 1 else many.format(self.total)
-                problem = Problem(status, detail, self.errors)
+                problem = Problem(status, self.tell(), self.errors)
                 if self.most != MAX_ID:
                     problem.more["total"] = self.total
                 raise problem
+
+    def tell(self) -> str:
+        if self.total == 1:
+            member = self.errors[0]["pointer"].rpartition("/")[2].replace("#", "it")
+            return f"{member} {self.errors[0]['detail']}"
+        what = (
+            "members are not valid" if self.statuses == {422} else "items are refused"
+        )
+        return f"{self.total} {what}"
 
 
 class Checker(NamedTuple):
@@ -1014,22 +1018,24 @@ class Store:
             raise Problem(503, f"is empty, but a {beside[0]} file stands beside it")
         if os.path.isdir(self.path):
             raise Problem(503, "is a folder")
-        if size == 0 or "-journal" in beside:  # new, or only a writer can open it
+        if size == 0:
             return
         # without a -wal the file alone is whole, and nothing need be made beside it
-        mode = "mode=ro" if beside else "immutable=1"
+        mode = "mode=ro" if "-wal" in beside else "immutable=1"
         try:
             with contextlib.closing(self._open(mode)) as db:
-                self._examine(db, size)
+                self._examine(db, "-journal" not in beside and size < QUICK_CHECK)
         except sqlite3.OperationalError as fault:
             if "unable to open" in str(fault) or "readonly" in str(fault):
                 return  # on read-only media: _prepare finds out
             raise Problem(503, database_problem(fault).detail) from None
         except DATABASE_FAULTS as fault:
+            if "-journal" in beside and "malformed" in str(fault):
+                return  # a writer has to roll back first
             what = "no SQLite database" if "not a database" in str(fault) else "damaged"
             raise Problem(503, f"is {what}") from None
 
-    def _examine(self, db: sqlite3.Connection, size: int) -> None:
+    def _examine(self, db: sqlite3.Connection, closely: bool) -> None:
         """Raise Problem 503 where the file is another's, newer, or damaged."""
         ((application,),) = db.execute("PRAGMA application_id")
         ((version,),) = db.execute("PRAGMA user_version")
@@ -1042,7 +1048,7 @@ class Store:
         if version > len(MIGRATIONS):
             raise Problem(503, "was written by a newer userapi")
         whole = "changes" in tables or not ours
-        if size < QUICK_CHECK and whole:
+        if closely and whole:
             whole = db.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]
         if not whole:
             raise Problem(503, "is damaged")
@@ -1054,7 +1060,11 @@ class Store:
         if not self.memory:
             where = f"{pathlib.Path(self.path).absolute().as_uri()}?{mode}"
         db = sqlite3.connect(
-            where, 5, uri=True, isolation_level=None, check_same_thread=False
+            where,
+            timeout=5,
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
         )
         db.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
         return db
@@ -1493,6 +1503,8 @@ class Store:
                     if not seen.add(item.get("id")):
                         faults.add(place.fault("id", "stands twice"))
                 self._save_batch(batch, how, check, conflict, faults, saved)
+            if id is not None and faults.statuses == {404}:
+                raise no_user(id)
             faults.raise_worst()
             if len(saved.created) >= MANY:
                 self._index_sorts()
@@ -1946,7 +1958,7 @@ class Store:
         """A consistent copy under `path`, whole or not at all, while others write."""
         for beside in ("-wal", "-journal"):
             if os.path.exists(path + beside):
-                raise Problem(409, f"a {beside} file stands beside the backup's name")
+                raise Problem(409, f"{path}: a {beside} file stands beside it")
         part = f"{path}.{os.getpid()}.part"
         source = self._take()
         try:
@@ -1963,9 +1975,10 @@ class Store:
                 os.fsync(file.fileno())
             os.replace(part, path)
         except DATABASE_FAULTS as fault:
-            raise database_problem(fault) from fault
+            detail = database_problem(fault).detail
+            raise Problem(507, f"{path}: the copy failed: {detail}") from fault
         except OSError as fault:
-            raise Problem(507, f"the backup failed: {reason(fault)}") from None
+            raise Problem(507, f"{path}: {reason(fault)}") from None
         finally:
             self._give(source)
             with contextlib.suppress(OSError):
@@ -3023,8 +3036,10 @@ def events(call: Call, since: int | None) -> Iterator[bytes]:
     while True:
         try:
             rows = call.store.changes(since, PAGE_ROWS)
+            if rows:  # the token may have been revoked meanwhile
+                call.app.guard.admit(call, "/api/changes")
         except Problem as problem:
-            if problem.status == 410:  # left behind: the next try is told so
+            if problem.status != 503:  # left behind, too: the next try is told so
                 return
             rows = []
         if rows:
@@ -3163,6 +3178,18 @@ def negotiate(accept: str, offered: tuple[str, ...]) -> str | None:
     return best
 
 
+def read_networks(addresses: Sequence[str]) -> list[Any]:
+    """Addresses and networks (10.0.0.0/8) of trusted_proxy. Raises SettingError."""
+    if not addresses:
+        return []
+    import ipaddress
+
+    try:
+        return [ipaddress.ip_network(address, strict=False) for address in addresses]
+    except ValueError as fault:
+        raise SettingError(f"trusted_proxy: {fault}") from None
+
+
 class Guard:
     """Who gets in: this host without a token, else who has one; no other site."""
 
@@ -3170,6 +3197,7 @@ class Guard:
         self.settings, self.store, self.open = settings, store, open
         token = settings.token.encode()
         self.digest = hashlib.sha256(token).digest() if token else None
+        self.trusted = read_networks(settings.trusted_proxy)
         self.failures: dict[str, collections.deque[float]] = {}
 
     @property
@@ -3253,13 +3281,21 @@ class Guard:
             return
         raise Problem(403, "another site's page may not write here: see cors")
 
+    def is_trusted(self, address: str) -> bool:
+        import ipaddress
+
+        try:
+            found = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(found in network for network in self.trusted)
+
     def believe_proxy(self, environ: Environ) -> None:
         """Take over what a trusted proxy says of the client (X-Forwarded-*)."""
-        trusted = self.settings.trusted_proxy
-        if not trusted or environ.get("REMOTE_ADDR") not in trusted:
+        if not self.trusted or not self.is_trusted(environ.get("REMOTE_ADDR", "")):
             return
         hops = environ.get("HTTP_X_FORWARDED_FOR", "").replace(" ", "").split(",")
-        client = next((hop for hop in reversed(hops) if hop not in trusted), "")
+        client = next((hop for hop in reversed(hops) if not self.is_trusted(hop)), "")
         environ["REMOTE_ADDR"] = client or environ["REMOTE_ADDR"]
         for name, variable in (
             ("HOST", "HTTP_HOST"),
@@ -3268,7 +3304,10 @@ class Guard:
         ):
             told = environ.get(f"HTTP_X_FORWARDED_{name}")
             if told:
-                environ[variable] = told.rstrip("/")
+                environ[variable] = told
+        if "HTTP_X_FORWARDED_PREFIX" in environ:
+            told = environ["SCRIPT_NAME"].strip("/")
+            environ["SCRIPT_NAME"] = f"/{told}" if told else ""
         prefix, path = environ.get("SCRIPT_NAME", ""), environ.get("PATH_INFO", "")
         if prefix and f"{path}/".startswith(f"{prefix}/"):  # a proxy that keeps it
             environ["PATH_INFO"] = path[len(prefix) :]
@@ -3418,7 +3457,7 @@ class UserAPI:
         found = operations.get("GET" if call.method == "HEAD" else call.method)
         if found is None:
             allow = resource.allow
-            raise Problem(405, f"there is {allow} here", headers=[("Allow", allow)])
+            raise Problem(405, f"this resource has {allow}", headers=[("Allow", allow)])
         call.operation = found
         read_params(call, found)
         accept = call.header("ACCEPT")
@@ -4451,6 +4490,7 @@ REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0
 #: the whole header section: no folding, no control bytes, no space before a colon
 SECTION = re.compile(rb"(?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?")
+FRAMING = re.compile(rb"(?im)^(?:content-length|transfer-encoding):")
 BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])")
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 ALONE = frozenset(("HTTP_HOST", "CONTENT_LENGTH", "CONTENT_TYPE", "HTTP_AUTHORIZATION"))
@@ -4550,6 +4590,8 @@ class Connection(asyncio.Protocol):
         self.server.sleeping.discard(self)
         self.closing = True
         self.release()
+        if self.stream is not None:  # the client has left it
+            self.server.note(self.streamed)
         self.end_stream()
 
     def data_received(self, data: bytes) -> None:
@@ -4762,7 +4804,8 @@ class Connection(asyncio.Protocol):
         if end < 0:
             refuse_unless(not BARE.search(trailers), "a trailer")
             return start
-        refuse_unless(SECTION.fullmatch(trailers) is not None, "a trailer")
+        well = SECTION.fullmatch(trailers) and not FRAMING.search(trailers)
+        refuse_unless(bool(well), "a trailer")
         return end + 4
 
     # Answers
@@ -5139,6 +5182,9 @@ class Server:
             server.close()
         await self.drain()
         self.sweeper.cancel()
+        if self.settings.unix:
+            with contextlib.suppress(OSError):
+                os.unlink(self.settings.unix)
         if self.group:
             self.store.close_group()
         if self.logging:  # nobody takes the log: its thread would never end

@@ -305,6 +305,14 @@ def test_searching_as_one_types(server, visit):
     assert "q=" not in page.url
 
 
+def test_a_search_for_the_word_that_is_the_usual_order(server, visit):
+    server.add(person("Tom Name", "tom@example.org"))
+    page = visit(server.url)
+    page.get_by_role("searchbox").fill("name")
+    wait_for_names(page, ["Tom Name"])
+    assert page.url.endswith("?q=name")
+
+
 def test_typing_is_one_request_not_one_a_letter(server, visit):
     page = visit(server.url)
     asked = []
@@ -961,6 +969,30 @@ def test_focus_returns_after_a_dialog(server, visit, dialog):
     page.keyboard.press("Escape")
     expect(page.locator(f"#{dialog}")).to_be_hidden()
     expect(button).to_be_focused()
+
+
+def test_focus_returns_to_the_menu_that_opened_a_dialog(server, visit):
+    page = visit(server.url)
+    more = page.get_by_role("button", name="More")
+    more.focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Keyboard shortcuts").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#keys")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#keys")).to_be_hidden()
+    expect(more).to_be_focused()
+
+
+def test_a_live_region_is_not_told_twice(server, visit):
+    page = visit(server.url)
+    page.evaluate(
+        "window.told = []; new MutationObserver(() => told.push(1)).observe("
+        "document.getElementById('count'), {childList: true, subtree: true})"
+    )
+    server.patch(4, name="Ada King")
+    expect(page.get_by_role("button", name="Ada King")).to_be_visible()
+    assert page.evaluate("told.length") == 0
 
 
 def test_a_screen_reader_finds_a_table_and_is_told_of_changes(server, visit):
