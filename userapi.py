@@ -67,6 +67,7 @@ import threading
 import time
 import traceback
 import unicodedata
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
@@ -981,7 +982,11 @@ class Store:
         self._lock = threading.RLock() if self.memory else contextlib.nullcontext()
         self._scope = Scope()
         self._pool: list[sqlite3.Connection] = []
-        self._pid = os.getpid()
+        self._left: list[Any] = []
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(
+                after_in_child=functools.partial(forget, weakref.ref(self))
+            )
         self._group: sqlite3.Connection | None = None
         self._group_thread = 0
         self._group_fault: Problem | None = None
@@ -1156,9 +1161,6 @@ class Store:
     # Connections and transactions
 
     def _take(self) -> sqlite3.Connection:
-        if self._pid != os.getpid():  # no connection crosses a fork
-            self._parents_pool = self._pool  # kept, as to close it would drop locks
-            self._pid, self._pool = os.getpid(), []
         try:
             return self._pool.pop()
         except IndexError:
@@ -2023,6 +2025,14 @@ CHANGE_SQL = object_sql(
 )
 
 
+def forget(store: weakref.ref[Store]) -> None:
+    """After a fork: leave the connections, none of which may cross it, alone."""
+    found = store()
+    if found is not None:
+        found._left.append(found._pool)  # to close them would drop the parent's locks
+        found._pool = []
+
+
 class Seen:
     """The ids that stood before; a bit each, so that a million take little memory."""
 
@@ -2324,7 +2334,7 @@ class Call:
         self.actor: str | None = None
         self.role = "admin"
         self.params: Item = {}
-        self.prefix = quote(environ.get("SCRIPT_NAME", ""))
+        self.prefix = ""
         self.media = self.takes = JSON
         self.operation: Operation | None = None
         self.body = b""
@@ -3439,7 +3449,8 @@ class UserAPI:
         """Guard, then resource, then operation. Raises Problem."""
         environ = call.environ
         self.guard.believe_proxy(environ)
-        call.prefix = quote(environ.get("SCRIPT_NAME", ""), encoding="latin-1")
+        if environ.get("SCRIPT_NAME"):
+            call.prefix = quote(environ["SCRIPT_NAME"], encoding="latin-1")
         try:
             path = environ.get("PATH_INFO", "").encode("latin-1").decode() or "/"
         except UnicodeError:
@@ -4569,6 +4580,7 @@ class Connection(asyncio.Protocol):
         self.closing = False  # no further request will be read
         self.paused = False  # the client does not take what is written
         self.ended = False  # the client will send no more
+        self.full = False  # so much has been read ahead that reading is paused
         self.stream: Iterator[bytes] | None = None
         self.held = 0  # bytes counted in server.bodies
         self.written = self.taken = 0
@@ -4600,6 +4612,7 @@ class Connection(asyncio.Protocol):
         self.buffer = self.buffer + data if self.buffer else data
         if self.busy or self.paused:
             if len(self.buffer) > READ_SIZE:
+                self.full = True
                 self.transport.pause_reading()
             return
         self.work()
@@ -4648,8 +4661,12 @@ class Connection(asyncio.Protocol):
                 self.server.enqueue(self, environ)
         if self.ended and not self.busy:
             self.transport.close()
-        elif not self.busy:
-            self.transport.resume_reading()
+        elif self.full and not self.busy:
+            self.read_on()
+
+    def read_on(self) -> None:
+        self.full = False
+        self.transport.resume_reading()
 
     def read_head(self) -> bool:
         """Take a head out of the buffer; False while it is not all there."""
@@ -4658,8 +4675,8 @@ class Connection(asyncio.Protocol):
         line_end = buffer.find(b"\r\n", 0, settings.max_line + 2)
         if line_end < 0 and len(buffer) > settings.max_line:
             raise Problem(414, f"{settings.max_line} bytes are the most")
-        size = (end if end >= 0 else len(buffer)) - max(line_end, 0)
-        if line_end >= 0 and size > settings.max_head:
+        size = (end if end >= 0 else len(buffer)) - line_end
+        if size > settings.max_head and line_end >= 0:
             raise Problem(431, f"{settings.max_head} bytes are the most")
         if end < 0:
             if self.missing == 0:  # the head begins: its deadline too
@@ -4829,8 +4846,7 @@ class Connection(asyncio.Protocol):
         modern = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
         keep = environ["userapi.keep"] and not self.server.stopping
         whole = isinstance(body, list)
-        sizes = [value for name, value in headers if name.lower() == "content-length"]
-        self.room = int(sizes[0]) if sizes and not whole else -1
+        self.room = -1 if whole else find_length(headers)
         self.chunked = not whole and modern and self.room < 0
         if not whole and not self.chunked:
             keep = False
@@ -4914,8 +4930,8 @@ class Connection(asyncio.Protocol):
             self.transport.close()
         elif self.buffer:
             self.server.loop.call_soon(self.work)
-        else:
-            self.transport.resume_reading()
+        elif self.full:
+            self.read_on()
 
     def refuse(self, problem: Problem) -> None:
         """Answer a request that cannot be read further, and close."""
@@ -4961,6 +4977,12 @@ class Connection(asyncio.Protocol):
                 self.transport.close()
             else:
                 self.refuse(Problem(408, "the request took too long to arrive"))
+
+
+def find_length(headers: Headers) -> int:
+    """The Content-Length that an answer announces; -1 where it does not."""
+    sizes = [value for name, value in headers if name.lower() == "content-length"]
+    return int(sizes[0]) if sizes else -1
 
 
 @functools.lru_cache(maxsize=1024)

@@ -2339,6 +2339,54 @@ def test_a_port_in_use_is_refused_in_one_line(server, tmp_path):
     assert str(server.port) in found.stderr
 
 
+def rude_clients(server, rng, count, tls=None):
+    """Each begins a few things and leaves, politely or not, at once or later."""
+    everything, one = request("GET", "/api/user"), request("GET", "/api/user/1")
+    write = request("POST", "/api/user", ada())
+    watch = request("GET", "/api/changes", None, "Accept: text/event-stream")
+    starts = [everything, everything * 5, one, one * 50, write, write * 5, watch]
+    starts += [write[:-7], write[:60], POST + CHUNKED + END + b"5\r\nab", HIDDEN[:9]]
+    starts += [b"GET /\r\n\r\n", POST + LENGTH + CHUNKED + END, b"\x16\x03\x01"]
+    staying = []
+    for _ in range(count):
+        client = Client(server, window=rng.choice([None, 4096]), tls=tls)
+        for start in rng.choices(starts, k=rng.randint(0, 3)):
+            client.send(start)
+            if rng.random() < 0.5:
+                client.take()
+        if rng.random() < 0.2:
+            client.end()
+        staying.append(client)
+        if rng.random() < 0.8:
+            client = staying.pop(rng.randrange(len(staying)))
+            if rng.random() < 0.5:
+                linger = struct.pack("ii", 1, 0)
+                client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            client.close()
+    for client in staying:
+        client.close()
+
+
+@linux
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("door", ["plain", "tls"])
+def test_rude_clients_leave_nothing_behind(crowded, secure, trust, door, seed):
+    server, tls = (secure, trust) if door == "tls" else (crowded, None)
+    with Client(server, tls=tls) as other:
+        assert other.ask(request("GET", "/api/user/7")).status == 200
+        files = server.descriptors()
+        rude_clients(server, random.Random(seed), 100, tls)
+
+        def gone():  # a closed reader is noticed when there is something to send
+            created = other.ask(request("POST", "/api/user", ada())).json()["results"]
+            path = f"/api/user/{created[0]['id']}"
+            assert other.ask(request("DELETE", path)).status == 200
+            return server.descriptors() <= files
+
+        wait_for(gone, "their sockets", 30)
+        assert "Traceback" not in server.said(), server.said()[-3000:]
+
+
 # ---------------------------------------------------------------------------------
 # Signals
 # ---------------------------------------------------------------------------------

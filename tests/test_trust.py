@@ -28,6 +28,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -520,7 +521,9 @@ def assert_reads(server, kept, refused):
     assert names.isdisjoint(refused), "refused, and there all the same"
     assert client("GET", "/user?limit=1&count=true").body["total"] == len(names)
     assert client("GET", "/changes?limit=5").status == 200
-    return {shown["name"]: shown["id"] for shown in client("GET", "/user").body["results"]}
+    return {
+        shown["name"]: shown["id"] for shown in client("GET", "/user").body["results"]
+    }
 
 
 def accepted(client, *request, seconds=30):
@@ -837,9 +840,7 @@ BROKEN = {
 
 
 def contents(folder):
-    return {
-        path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()
-    }
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.mark.parametrize("command", ["check", "export", "import"])
@@ -1097,7 +1098,9 @@ def test_two_processes_lose_no_update(tmp_path):
                         break
 
         in_threads(count, range(8))
-        sums = [int(Client(servers[1])("GET", f"/user/{id}").item["name"]) for id in (1, 2)]
+        sums = [
+            int(Client(servers[1])("GET", f"/user/{id}").item["name"]) for id in (1, 2)
+        ]
     assert sums == [500, 500] and tally[200] == 1000
     slowest = sorted(times)[len(times) * 99 // 100]
     assert slowest < 5, "somebody starves"
@@ -1258,7 +1261,9 @@ def test_a_power_cut_between_a_key_and_its_answer(tmp_path):
         with contextlib.suppress(Gone):
             for serial in itertools.count():
                 names.append(f"{turn} {serial}")
-                client("POST", "/user", user(names[-1]), Idempotency_Key=f"{len(names)}")
+                client(
+                    "POST", "/user", user(names[-1]), Idempotency_Key=f"{len(names)}"
+                )
         server.process.wait(20)
         with Server(path) as server:
             key = {"Idempotency_Key": f"{len(names)}"}
@@ -1315,9 +1320,13 @@ def test_a_reader_cut_off_fifty_times_sees_each_change_once(tmp_path):
                 answer = accepted_by(client, "POST", "/user", user(name))
                 assert answer.status == 201
 
-        in_threads(lambda job: job[0](job[1]), [(read, 0), *((write, n) for n in range(8))])
+        in_threads(
+            lambda job: job[0](job[1]), [(read, 0), *((write, n) for n in range(8))]
+        )
     assert reader.seqs == list(range(1, total + 1))
-    print(f"\n{reader.cuts} interruptions of a reader during {total} writes: none missed")
+    print(
+        f"\n{reader.cuts} interruptions of a reader during {total} writes: none missed"
+    )
 
 
 def accepted_by(client, *request):
@@ -1396,7 +1405,9 @@ def test_backups_while_it_is_written_to(tmp_path):
                 done = run("backup", copy, "--db", path)
                 assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
                 assert run("check", "--db", path).returncode == 0
-                files = {p.name for p in tmp_path.iterdir() if p.name.startswith("copy")}
+                files = {
+                    p.name for p in tmp_path.iterdir() if p.name.startswith("copy")
+                }
                 assert files == {"copy.db"}
                 there = {name for _, name, _ in rows(copy)}
                 assert there.issuperset(before), "acknowledged before, not in the copy"
@@ -1474,21 +1485,19 @@ def test_a_backup_onto_a_live_database_is_refused(tmp_path):
 
 def test_the_progress_bar_of_a_backup(tmp_path):
     """On a terminal, and where the disk is slow enough for one to be wanted."""
-    path, master_slave = sound(tmp_path / "users.db", 8000), os.openpty()
+    path, (ours, theirs) = sound(tmp_path / "users.db", 8000), os.openpty()
     argv = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=pwrite64"]
     argv += ["-e", "inject=pwrite64:delay_exit=200"]
     argv += [sys.executable, USERAPI, "backup", tmp_path / "copy.db", "--db", path]
-    process = subprocess.Popen(
-        [str(part) for part in argv], stderr=master_slave[1], env=CLEAN
-    )
-    os.close(master_slave[1])
+    process = subprocess.Popen([str(part) for part in argv], stderr=theirs, env=CLEAN)
+    os.close(theirs)
     said = b""
-    with contextlib.suppress(OSError), os.fdopen(master_slave[0], "rb", 0) as terminal:
+    with contextlib.suppress(OSError), os.fdopen(ours, "rb", 0) as terminal:
         while part := terminal.read(4096):
             said += part
     assert process.wait(60) == 0
     assert re.search(rb"\r\[#+ *\] \d+ pages, .* s left", said), said
-    assert not said.rstrip(b"\x1b[K").rstrip(b"\r").endswith(b"left "), "left standing"
+    assert said.endswith(b"\r\x1b[K"), "it is left standing"
     assert len(rows(tmp_path / "copy.db")) == 8000
 
 
@@ -1539,3 +1548,335 @@ def test_litestream_replicates_and_restores(tmp_path):
     assert {name for _, name, _ in rows(restored)} == set(names)
     assert_fives(restored)
     assert_whole(restored)
+
+
+# ---------------------------------------------------------------------------------
+# Earlier versions
+# ---------------------------------------------------------------------------------
+
+#: version 0: the first application's, as it left it
+VERSION_0 = """
+CREATE TABLE users (user_id INTEGER PRIMARY KEY AUTOINCREMENT, user_name TEXT NOT NULL,
+user_mail TEXT NOT NULL);
+INSERT INTO users VALUES(1,'Simone Giertz','giertz@shittyrobots.loc');
+INSERT INTO users VALUES(2,'Ada Lovelace','ada@analytical.example');
+INSERT INTO users VALUES(4,'Zoë Müller-Ñuñez','zoe@müller.example');
+INSERT INTO users VALUES(5,'O''Brien; DROP TABLE users','bobby@tables.example');
+INSERT INTO users VALUES(6,'  Padded Name ','padded@example.org');
+INSERT INTO users VALUES(7,'Twin One','shared@example.org');
+INSERT INTO users VALUES(8,'Twin Two','SHARED@example.org');
+INSERT INTO users VALUES(9,'','empty-name@example.org');
+INSERT INTO users VALUES(10,'No Mail','');
+INSERT INTO users VALUES(11,'陳大文','chan@example.hk');
+INSERT INTO users VALUES(1337,'Late Comer','late@example.org');
+UPDATE sqlite_sequence SET seq = 1400 WHERE name = 'users';
+"""
+
+#: version 1, as "python tests/test_trust.py" prints it
+VERSION_1 = """
+BEGIN TRANSACTION;
+CREATE TABLE changes (seq INTEGER PRIMARY KEY, at TEXT NOT NULL, actor TEXT, op TEXT NOT
+NULL, user INTEGER NOT NULL, fields TEXT NOT NULL);
+INSERT INTO "changes"
+VALUES(1,'2026-11-27T18:18:30.455Z',NULL,'create',1,'["name", "mail", "phone", "address"]');
+INSERT INTO "changes"
+VALUES(2,'2026-11-27T18:18:30.455Z',NULL,'create',2,'["name", "mail"]');
+INSERT INTO "changes"
+VALUES(3,'2026-11-27T18:18:30.462Z',NULL,'create',1337,'["name", "mail"]');
+INSERT INTO "changes"
+VALUES(4,'2026-11-27T18:18:30.465Z','admin','update',2,'["name"]');
+INSERT INTO "changes" VALUES(5,'2026-11-27T18:18:30.466Z',NULL,'delete',1337,'[]');
+CREATE TABLE retries (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, at INTEGER NOT
+NULL, digest BLOB NOT NULL, status INTEGER NOT NULL, headers TEXT NOT NULL, body BLOB
+NOT NULL);
+INSERT INTO "retries" VALUES(1,X'01',1767225600,X'02',201,'[]','{}');
+CREATE TABLE tokens (name TEXT PRIMARY KEY, digest BLOB NOT NULL UNIQUE, role TEXT NOT
+NULL, created TEXT NOT NULL, used TEXT NOT NULL DEFAULT '');
+INSERT INTO "tokens" VALUES('script',X'313233','admin','2026-01-01T00:00:00.000Z','');
+CREATE TABLE user_address (user_id INTEGER NOT NULL, id INTEGER NOT NULL, label TEXT NOT
+NULL DEFAULT '', street TEXT NOT NULL DEFAULT '', postcode TEXT NOT NULL DEFAULT '',
+city TEXT NOT NULL DEFAULT '', region TEXT NOT NULL DEFAULT '', country TEXT NOT NULL
+DEFAULT '', stamp INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (user_id, id)) WITHOUT ROWID;
+INSERT INTO "user_address"
+VALUES(1,1,'home','Marktstraße 1','10115','Berlin','','DE',1);
+CREATE TABLE user_phone (user_id INTEGER NOT NULL, id INTEGER NOT NULL, label TEXT NOT
+NULL DEFAULT '', number TEXT NOT NULL DEFAULT '', stamp INTEGER NOT NULL DEFAULT 0,
+PRIMARY KEY (user_id, id)) WITHOUT ROWID;
+INSERT INTO "user_phone" VALUES(1,1,'work','+49 30 1234567',1);
+INSERT INTO "user_phone" VALUES(1,2,'','0151 999',1);
+CREATE TABLE users (user_id INTEGER PRIMARY KEY AUTOINCREMENT, user_name TEXT NOT NULL,
+user_mail TEXT NOT NULL, version INTEGER NOT NULL DEFAULT 0, created TEXT NOT NULL
+DEFAULT '', updated TEXT NOT NULL DEFAULT '', name_fold TEXT NOT NULL DEFAULT '',
+mail_fold TEXT NOT NULL DEFAULT '', last_phone INTEGER NOT NULL DEFAULT 0, last_address
+INTEGER NOT NULL DEFAULT 0);
+INSERT INTO "users"
+VALUES(1,'Ada Lovelace','ada@example.org',1,'2026-11-27T18:18:30.455Z','2026-11-27T18:18:30.455Z','ada lovelace','ada@example.org',2,1);
+INSERT INTO "users"
+VALUES(2,'ZOË','Zoe@Example.org',2,'2026-11-27T18:18:30.455Z','2026-11-27T18:18:30.465Z','zoë','zoe@example.org',0,0);
+CREATE INDEX users_by_name ON users (name_fold);
+CREATE INDEX users_by_mail ON users (mail_fold);
+CREATE INDEX users_by_created ON users (created);
+CREATE INDEX users_by_updated ON users (updated);
+CREATE INDEX retries_by_at ON retries (at);
+CREATE TRIGGER user_phone_insert AFTER INSERT ON user_phone WHEN NEW.stamp = 0 AND
+EXISTS (SELECT 1 FROM users WHERE user_id = NEW.user_id) BEGIN UPDATE users SET version
+= version + 1, updated = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), last_phone =
+max(last_phone, NEW.id) WHERE user_id = NEW.user_id; INSERT INTO changes (at, actor, op,
+user, fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), NULL, 'update', NEW.user_id,
+'["phone"]'; END;
+CREATE TRIGGER user_phone_update AFTER UPDATE ON user_phone WHEN NEW.stamp = OLD.stamp
+AND EXISTS (SELECT 1 FROM users WHERE user_id = NEW.user_id) BEGIN UPDATE users SET
+version = version + 1, updated = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), last_phone =
+max(last_phone, NEW.id) WHERE user_id = NEW.user_id; INSERT INTO changes (at, actor, op,
+user, fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), NULL, 'update', NEW.user_id,
+'["phone"]'; END;
+CREATE TRIGGER user_phone_delete AFTER DELETE ON user_phone WHEN OLD.stamp >= 0 AND
+EXISTS (SELECT 1 FROM users WHERE user_id = OLD.user_id) BEGIN UPDATE users SET version
+= version + 1, updated = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), last_phone =
+max(last_phone, OLD.id) WHERE user_id = OLD.user_id; INSERT INTO changes (at, actor, op,
+user, fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), NULL, 'update', OLD.user_id,
+'["phone"]'; END;
+CREATE TRIGGER user_address_insert AFTER INSERT ON user_address WHEN NEW.stamp = 0 AND
+EXISTS (SELECT 1 FROM users WHERE user_id = NEW.user_id) BEGIN UPDATE users SET version
+= version + 1, updated = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), last_address =
+max(last_address, NEW.id) WHERE user_id = NEW.user_id; INSERT INTO changes (at, actor,
+op, user, fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), NULL, 'update',
+NEW.user_id, '["address"]'; END;
+CREATE TRIGGER user_address_update AFTER UPDATE ON user_address WHEN NEW.stamp =
+OLD.stamp AND EXISTS (SELECT 1 FROM users WHERE user_id = NEW.user_id) BEGIN UPDATE
+users SET version = version + 1, updated = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'),
+last_address = max(last_address, NEW.id) WHERE user_id = NEW.user_id; INSERT INTO
+changes (at, actor, op, user, fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'),
+NULL, 'update', NEW.user_id, '["address"]'; END;
+CREATE TRIGGER user_address_delete AFTER DELETE ON user_address WHEN OLD.stamp >= 0 AND
+EXISTS (SELECT 1 FROM users WHERE user_id = OLD.user_id) BEGIN UPDATE users SET version
+= version + 1, updated = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), last_address =
+max(last_address, OLD.id) WHERE user_id = OLD.user_id; INSERT INTO changes (at, actor,
+op, user, fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), NULL, 'update',
+OLD.user_id, '["address"]'; END;
+CREATE TRIGGER users_insert AFTER INSERT ON users WHEN NEW.version = 0 BEGIN INSERT INTO
+changes (at, actor, op, user, fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'),
+NULL, 'create', NEW.user_id, '["name", "mail"]'; UPDATE users SET created =
+strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), updated = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'),
+name_fold = lower(user_name), mail_fold = lower(user_mail), version = CASE WHEN
+NEW.user_id > coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'users'), 0) THEN 1
+ELSE coalesce((SELECT max(seq) FROM changes), 0) + 1 END WHERE user_id = NEW.user_id;
+END;
+CREATE TRIGGER users_update AFTER UPDATE OF user_id, user_name, user_mail ON users WHEN
+NEW.version = OLD.version BEGIN UPDATE users SET version = version + 1, updated =
+strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), name_fold = lower(user_name), mail_fold =
+lower(user_mail) WHERE user_id = NEW.user_id; INSERT INTO changes (at, actor, op, user,
+fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), NULL, 'delete', OLD.user_id, '[]'
+WHERE NEW.user_id <> OLD.user_id; INSERT INTO changes (at, actor, op, user, fields)
+SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), NULL, 'update', NEW.user_id, '[' ||
+substr(CASE WHEN NEW.user_name <> OLD.user_name THEN ', "name"' ELSE '' END || CASE WHEN
+NEW.user_mail <> OLD.user_mail THEN ', "mail"' ELSE '' END, 3) || ']'; END;
+CREATE TRIGGER users_delete AFTER DELETE ON users BEGIN DELETE FROM user_phone WHERE
+user_id = OLD.user_id; DELETE FROM user_address WHERE user_id = OLD.user_id; INSERT INTO
+changes (at, actor, op, user, fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'),
+NULL, 'delete', OLD.user_id, '[]' WHERE NOT EXISTS (SELECT 1 FROM changes WHERE seq =
+coalesce((SELECT max(seq) FROM changes), 0) AND op = 'delete' AND user = OLD.user_id);
+END;
+DELETE FROM "sqlite_sequence";
+INSERT INTO "sqlite_sequence" VALUES('users',1337);
+COMMIT;
+PRAGMA application_id = 1970496882;
+PRAGMA user_version = 1;
+"""
+
+VERSIONS = [VERSION_0, VERSION_1]
+TABLES = ("users", "user_phone", "user_address", "changes", "retries", "tokens")
+
+
+def print_version():
+    """The SQL text of a database of the present version: to be kept above for ever."""
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "users.db"
+    app = userapi.UserAPI(db=str(path), open=True)
+    phones = [{"label": "work", "number": "+49 30 1234567"}, {"number": "0151 999"}]
+    home = {"label": "home", "street": "Marktstraße 1", "city": "Berlin"}
+    address = [{**home, "postcode": "10115", "country": "DE"}]
+    ada = {"name": "Ada Lovelace", "mail": "ada@example.org"}
+    zoe = {"name": "Zoë O'Brien", "mail": "Zoe@Example.org"}
+    app.store.create_users([{**ada, "phone": phones, "address": address}, zoe])
+    app.store.create_users([{"id": 1337, "name": "陳大文", "mail": "chan@example.hk"}])
+    app.store.merge_users([{"id": 2, "name": "ZOË"}], actor="admin")
+    app.store.delete_users([1337])
+    app.close()
+    foreign(
+        path,
+        "INSERT INTO tokens (name, digest, role, created)"
+        " VALUES ('script', x'313233', 'admin', '2026-01-01T00:00:00.000Z')",
+        "INSERT INTO retries VALUES (1, x'01', 1767225600, x'02', 201, '[]', '{}')",
+    )
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        pragmas = ("application_id", "user_version")
+        lines = [f"PRAGMA {p} = {rows(path, f'PRAGMA {p}')[0][0]};" for p in pragmas]
+        for statement in [*db.iterdump(), *lines]:
+            words = re.findall(r"(?:'[^']*'|[^\s'])+", statement)
+            while words:
+                line = words.pop(0)
+                while words and len(line) + len(words[0]) < 88:
+                    line += f" {words.pop(0)}"
+                print(line.replace("\\", "\\\\"))
+    folder.cleanup()
+
+
+def kept(version, path):
+    """A database of an earlier version."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(VERSIONS[version])
+    return path
+
+
+def schema(path):
+    """Every object of the schema, its columns and its SQL but for the white space."""
+    found = {}
+    for kind, name, sql in rows(path, "SELECT type, name, sql FROM sqlite_master"):
+        columns = rows(path, f"PRAGMA table_info({name})")
+        text = None if kind == "table" else " ".join((sql or "").split())
+        found[kind, name] = [column[1:] for column in columns] if columns else text
+    return {key: told for key, told in found.items() if key[1][:7] != "sqlite_"}
+
+
+def everything(path):
+    """All rows of all tables, as far as the version has them."""
+    there = {name for (name,) in rows(path, "SELECT name FROM sqlite_master")}
+    return {
+        table: rows(path, f"SELECT * FROM {table} ORDER BY 1, 2")
+        for table in TABLES
+        if table in there
+    }
+
+
+@pytest.mark.parametrize("version", range(len(VERSIONS)))
+def test_a_database_of_every_earlier_version_is_whole(tmp_path, version):
+    path, fresh = kept(version, tmp_path / "users.db"), tmp_path / "fresh.db"
+    users, before = rows(path), everything(path)
+    highest = rows(path, "SELECT seq FROM sqlite_sequence WHERE name = 'users'")[0][0]
+    store = userapi.Store(str(path))
+    shown = list(store.find_users("v1"))
+    assert [tuple(one.values()) for one in shown] == users
+    (made,) = store.create_users([user("new")])
+    assert made["id"] == highest + 1, "an id must not be used twice"
+    store.delete_users([made["id"]])
+    store.close()
+    userapi.Store(str(fresh)).close()
+    assert schema(path) == schema(fresh), "upgraded, it is like a new one"
+    assert rows(path, "PRAGMA integrity_check") == [("ok",)]
+    assert rows(path) == users
+    after = everything(path)
+    for table in set(before) - {"users", "changes"}:
+        assert after[table] == before[table]
+    assert after["changes"][: len(before.get("changes", ()))] == before.get(
+        "changes", []
+    )
+    if version:
+        assert after["users"] == before["users"]
+    foreign(path, "INSERT INTO users (user_name, user_mail) VALUES ('old', 'o@b.c')")
+    with Server(path) as server:
+        client = Client(server)
+        assert client("GET", f"/user/{highest + 2}").item["name"] == "old"
+        assert client("PUT", "/user/1", user("new")).status == 200
+        assert client("GET", "/changes").body["results"][-2]["op"] == "create"
+
+
+def test_the_present_version_is_kept_as_text(tmp_path):
+    """Whoever changes the schema adds a version, and its text above."""
+    assert len(VERSIONS) == len(userapi.MIGRATIONS) + 1
+    path, fresh = kept(-1, tmp_path / "users.db"), tmp_path / "fresh.db"
+    userapi.Store(str(fresh)).close()
+    assert schema(path) == schema(fresh)
+
+
+def assert_old_or_new(path, version):
+    """Neither a mix, nor anything lost; then the next start completes it."""
+    old = Path(f"{path}.old")
+    (found,) = rows(path, "PRAGMA user_version")[0]
+    assert found in (version, len(userapi.MIGRATIONS))
+    assert rows(path, "PRAGMA integrity_check") == [("ok",)]
+    if found == version:
+        assert (everything(path), schema(path)) == (everything(old), schema(old))
+    assert rows(path) == rows(old)
+    store = userapi.Store(str(path))
+    assert [tuple(one.values()) for one in store.find_users("v1")] == rows(old)
+    store.close()
+    fresh = Path(f"{path}.fresh")
+    if not fresh.exists():
+        userapi.Store(str(fresh)).close()
+    assert schema(path) == schema(fresh)
+    return found
+
+
+class Ending(userapi.Store):
+    """A store whose process ends, as if killed, when it begins its n-th statement."""
+
+    left = 0
+
+    def _connect(self):
+        db = super()._connect()
+        db.set_trace_callback(self.count)
+        return db
+
+    def count(self, statement):
+        self.left -= 1
+        if self.left < 0:
+            os._exit(9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", range(len(VERSIONS) - 1))
+def test_a_migration_killed_at_any_statement(tmp_path, version):
+    path, seen = tmp_path / "users.db", collections.Counter()
+    kept(version, f"{path}.old")
+    for statement in itertools.count():
+        for end in ("-wal", "-shm", "-journal"):
+            Path(f"{path}{end}").unlink(missing_ok=True)
+        shutil.copy(f"{path}.old", path)
+        child = os.fork()
+        if child == 0:
+            try:
+                Ending.left = statement
+                Ending(str(path))
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        seen[assert_old_or_new(path, version)] += 1
+        if os.waitstatus_to_exitcode(status) == 0:
+            break
+    assert seen[version] > 20 and seen[len(userapi.MIGRATIONS)] >= 1
+    print(f"\na migration killed at {statement} statements: {dict(seen)} by version")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", ["pwrite64", "fdatasync,fsync", "unlink,ftruncate"])
+def test_a_migration_killed_at_any_write(tmp_path, calls):
+    path, seen = tmp_path / "users.db", collections.Counter()
+    kept(0, f"{path}.old")
+    for number in [1, 2, 3, 4, 6, 9, 14, 20, 30, 45]:
+        for end in ("-wal", "-shm", "-journal"):
+            Path(f"{path}{end}").unlink(missing_ok=True)
+        shutil.copy(f"{path}.old", path)
+        inject = f"inject={calls}:signal=KILL:when={number}"
+        argv = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", inject]
+        argv += [sys.executable, USERAPI, "check", "--db", path]
+        done = subprocess.run(argv, capture_output=True, env=CLEAN, timeout=60)
+        seen[assert_old_or_new(path, 0)] += 1
+        if done.returncode == 0:
+            break
+    assert len(seen) <= 2 and seen.total() if hasattr(seen, "total") else seen
+
+
+@pytest.mark.slow
+def test_many_processes_upgrade_one_database(tmp_path):
+    for turn in range(5):
+        path = kept(0, tmp_path / f"{turn}.db")
+        before = rows(path)
+        done = in_threads(lambda _: run("check", "--db", path), range(6))  # noqa: B023
+        assert [one.returncode for one in done] == [0] * 6, done
+        assert rows(path) == before
+        assert rows(path, "SELECT count(*) FROM changes") == [(0,)]
+
+
+if __name__ == "__main__":
+    print_version()
