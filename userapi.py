@@ -292,13 +292,7 @@ DATABASE_PROBLEMS = (
     ("locked", 503, "another program holds the database"),
     ("readonly", 503, "the database is read-only"),
     ("unable to open", 503, "the database cannot be opened"),
-    ("malformed", 503, "the database is damaged"),
-    ("not a database", 503, "the database is damaged"),
     ("no such column", 503, "the database is of an old version and read-only"),
-    *(
-        (part, 503, "the database is damaged")
-        for part in ("no such", "syntax error", "unrecognized token", "codec can't")
-    ),
 )
 
 
@@ -314,7 +308,9 @@ def database_problem(fault: Exception) -> Problem:
             if name.startswith("SQLITE_IOERR") and "WRITE" not in name:
                 return busy("the disk does not answer", 5)
             return Problem(status, detail, headers=[("Retry-After", "5")])
-    raise fault
+    if isinstance(fault, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):
+        raise fault
+    return Problem(503, "the database is damaged", headers=[("Retry-After", "60")])
 
 
 # ── Fields ────────────────────────────────────────────────────────────────────────
@@ -938,7 +934,7 @@ class Transaction:
         self.actor = actor
         self.now = utc_now()
         self.connection: sqlite3.Connection | None = None
-        self.grouped = False
+        self.grouped = self.frees = False
         self.log: collections.deque[Any] = collections.deque(maxlen=keep_changes)
         self.logged = 0
         self.changes: list[Item] = []
@@ -1019,43 +1015,48 @@ class Store:
             raise Problem(503, f"cannot be read: {reason(fault)}") from None
         ends = ("-wal", "-journal")
         beside = [end for end in ends if os.path.exists(self.path + end)]
-        if size == 0 and beside:
-            raise Problem(503, f"is empty, but a {beside[0]} file stands beside it")
         if os.path.isdir(self.path):
             raise Problem(503, "is a folder")
-        if size == 0:
-            return
+        if size < 512 and (size or beside):
+            told = (
+                f"empty, with a {beside[0]} file beside it" if beside else "too small"
+            )
+            raise Problem(503, f"is no SQLite database: {told}")
+        if size:
+            self._examine_safely(beside, size)
+
+    def _examine_safely(self, beside: list[str], size: int) -> None:
+        try:
+            self._examine(beside, size)
+        except DATABASE_FAULTS as fault:
+            told = str(fault)
+            if "unable to open" in told or "readonly" in told:
+                return  # on read-only media: _prepare finds out
+            if "-journal" in beside and "malformed" in told:
+                return  # a writer has to roll back first
+            if "not a database" in told:
+                raise Problem(503, "is no SQLite database") from None
+            raise database_problem(fault) from fault
+
+    def _examine(self, beside: list[str], size: int) -> None:
+        """Raise Problem 503 where the file is another's, newer, or damaged."""
         # without a -wal the file alone is whole, and nothing need be made beside it
         mode = "mode=ro" if "-wal" in beside else "immutable=1"
-        try:
-            with contextlib.closing(self._open(mode)) as db:
-                self._examine(db, "-journal" not in beside and size < QUICK_CHECK)
-        except sqlite3.OperationalError as fault:
-            if "unable to open" in str(fault) or "readonly" in str(fault):
-                return  # on read-only media: _prepare finds out
-            raise Problem(503, database_problem(fault).detail) from None
-        except DATABASE_FAULTS as fault:
-            if "-journal" in beside and "malformed" in str(fault):
-                return  # a writer has to roll back first
-            what = "no SQLite database" if "not a database" in str(fault) else "damaged"
-            raise Problem(503, f"is {what}") from None
-
-    def _examine(self, db: sqlite3.Connection, closely: bool) -> None:
-        """Raise Problem 503 where the file is another's, newer, or damaged."""
-        ((application,),) = db.execute("PRAGMA application_id")
-        ((version,),) = db.execute("PRAGMA user_version")
-        tables = [name for (name,) in db.execute(TABLES_SQL)]
-        columns = [row[1] for row in db.execute("PRAGMA table_info(users)")]
+        closely = "-journal" not in beside and size < QUICK_CHECK
+        with contextlib.closing(self._open(mode)) as db:
+            ((application,),) = db.execute("PRAGMA application_id")
+            ((version,),) = db.execute("PRAGMA user_version")
+            tables = [name for (name,) in db.execute(TABLES_SQL)]
+            columns = [row[1] for row in db.execute("PRAGMA table_info(users)")]
+            check = "PRAGMA quick_check(1)" if closely else "SELECT 'ok'"
+            whole = db.execute(check).fetchall() == [("ok",)]
         ours = application == APPLICATION_ID
         original = not application and not version and tables in ([], ["users"])
         if not ours and not (original and columns in ([], ORIGINAL)):
             raise Problem(503, "is another program's database")
-        if version > len(MIGRATIONS):
+        if not 0 <= version <= len(MIGRATIONS):
             raise Problem(503, "was written by a newer userapi")
-        whole = "changes" in tables or not ours
-        if closely and whole:
-            whole = db.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]
-        if not whole:
+        if not whole or ours and "changes" not in tables:
             raise Problem(503, "is damaged")
 
     def _open(self, mode: str) -> sqlite3.Connection:
@@ -1243,25 +1244,26 @@ class Store:
             return
         if not scope.grouped:
             try:
-                self._commit(db, keep)
+                self._commit(db, keep, scope.frees)
             finally:
                 scope.connection = None
                 self._give(db)
         elif db.in_transaction:
             if not keep:
                 db.execute("ROLLBACK TO request")
-            elif self._low:
+            elif self._low and not scope.frees:
                 self._require_room(db)
             db.execute("RELEASE request")
             self._group_changes += scope.changes if keep else []
         else:  # SQLite rolled the whole group back
             self._group_fault = Problem(507, "there is no room on the disk")
 
-    def _commit(self, db: sqlite3.Connection, keep: bool = True) -> None:
-        """Commit if there is room for it, else roll back and raise."""
+    def _commit(self, db: sqlite3.Connection, keep: bool, frees: bool) -> None:
+        """Commit if there is room for it or it frees some, else roll back and raise."""
         try:
             if keep and db.in_transaction:
-                self._require_room(db)
+                if not frees:
+                    self._require_room(db)
                 db.execute("COMMIT")
         except sqlite3.Error:
             self._overwrite_log(db)
@@ -1285,18 +1287,18 @@ class Store:
 
     def _room(self) -> int:
         """Bytes that the file may grow by, on the disk and by the process's limit,
-        without what is spared for the log (under the limit it is a file of its own)."""
+        without those that are spared for the log and for deleting."""
         if self.memory or self.read_only or not hasattr(os, "statvfs"):
             return sys.maxsize
         import resource
 
         disk = os.statvfs(os.path.dirname(self.path) or ".")
-        spare = min(SPARE, disk.f_blocks * disk.f_frsize // 3)
-        room = disk.f_bavail * disk.f_frsize - spare
+        room, whole = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
         limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         if limit != resource.RLIM_INFINITY:
             room = min(room, limit - os.path.getsize(self.path))
-        return room
+            whole = min(whole, limit)
+        return room - min(SPARE, whole // 3)
 
     def _require_room(self, db: sqlite3.Connection) -> None:
         """Refuse new pages if a checkpoint would find no room for them: Problem 507.
@@ -1364,7 +1366,7 @@ class Store:
         try:
             if self._group_fault:
                 raise self._group_fault
-            self._commit(db)
+            self._commit(db, True, frees=self._low)  # then each request was asked
         except DATABASE_FAULTS as fault:
             raise database_problem(fault) from fault
         finally:
@@ -1689,6 +1691,7 @@ class Store:
         """Delete these users with all that is below them, or none: Problem 404."""
         refuse_twice(ids)
         with self.transaction(actor) as scope:
+            scope.frees = True
             there = self._rows_by_id(ids)
             missing = [id for id in ids if id not in there]
             if missing:
@@ -1820,7 +1823,8 @@ class Store:
     ) -> None:
         """Delete these rows below a user, or none of them: Problem 404."""
         refuse_twice(numbers)
-        with self.transaction():
+        with self.transaction() as scope:
+            scope.frees = True
             row = self._user_row(user, check)
             there = self._load_rows(shape, user)
             missing = [number for number in numbers if number not in there]
@@ -4507,6 +4511,7 @@ HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]
 ALONE = frozenset(("HTTP_HOST", "CONTENT_LENGTH", "CONTENT_TYPE", "HTTP_AUTHORIZATION"))
 READ_SIZE = 256 * 1024  # bytes that a connection may have read ahead
 WAKE = 0.2  # seconds after which a stream that had nothing is asked again
+SLOW_SYNC = 0.002  # seconds from which on a commit is given to a thread
 GRACE = 5  # seconds that are left to what was begun when the server is told to stop
 DRAIN = 1  # seconds for which the rest of a refused request is read and dropped
 
@@ -5007,8 +5012,8 @@ class Server:
     """Serves a UserAPI over one or more sockets, in one thread.
 
     What writes waits for the end of the loop's turn; then all of it is run in one
-    transaction, which is committed in a thread of its own, as the disk may be slow;
-    only then do the answers go out. Reads go on meanwhile over another connection.
+    transaction and committed; only then do the answers go out. Where the disk is slow
+    a thread commits, and reads go on meanwhile over another connection.
     """
 
     def __init__(self, app: UserAPI) -> None:
@@ -5017,6 +5022,7 @@ class Server:
         self.connections: set[Connection] = set()
         self.sleeping: set[Connection] = set()
         self.waiting: list[Turn] = []
+        self.sync_time = 1.0  # seconds that a commit takes of late
         self.committing = self.stopping = self.waking = self.logging = False
         self.bodies = 0
         self.lines: list[str] = []
@@ -5057,7 +5063,23 @@ class Server:
     def run_group(self) -> None:
         turns, self.waiting = self.waiting, []
         done = [(turn, turn[0].call(turn[1])) for turn in turns]
-        self.in_thread(self.store.commit_group, lambda fault: self.finish(done, fault))
+        if self.sync_time > SLOW_SYNC:
+            self.in_thread(self.commit, lambda fault: self.finish(done, fault))
+            return
+        try:
+            self.commit()
+        except Exception as fault:
+            self.finish(done, fault)
+        else:
+            self.finish(done, None)
+
+    def commit(self) -> None:
+        """Commit, and learn how long that takes here."""
+        began = time.perf_counter()
+        try:
+            self.store.commit_group()
+        finally:
+            self.sync_time += (time.perf_counter() - began - self.sync_time) / 4
 
     def in_thread(
         self, work: Callable[[], Any], then: Callable[[BaseException | None], None]

@@ -522,9 +522,7 @@ def test_editing_phones_keeps_their_numbers(server, visit):
 def test_the_form_comes_out_of_the_fields(server, visit):
     page = visit(server.url)
     page.keyboard.press("n")
-    data = json.loads(page.locator("#data").inner_text() or "{}") or json.loads(
-        page.evaluate("document.getElementById('data').textContent")
-    )
+    data = json.loads(page.evaluate("document.getElementById('data').textContent"))
     form = page.locator("#form")
     for field in data["fields"]["user"]:
         if not field.get("readOnly"):
@@ -533,6 +531,31 @@ def test_the_form_comes_out_of_the_fields(server, visit):
     for field in data["fields"]["address"]:
         if not field.get("readOnly"):
             expect(form.get_by_label(field["title"]).last).to_be_visible()
+
+
+def test_a_field_more_in_the_table_is_a_field_more_in_the_form(server, visit):
+    """The page knows no field by name; here the server that it asks does not, either."""
+    page = visit(server.url, refusals=True)
+
+    def add_field(route):
+        answer = route.fetch()
+        fields = '"fields": {"user": ['
+        assert fields in answer.text()
+        more = {"name": "age", "title": "Age", "type": "integer", "inputType": "text"}
+        text = answer.text().replace(fields, f"{fields}{json.dumps(more)}, ")
+        route.fulfill(response=answer, body=text)
+
+    page.route(server.url, add_field)
+    page.reload()
+    page.wait_for_selector(".user")
+    open_user(page, "Ada Lovelace")
+    form = page.locator("#form")
+    form.get_by_label("Age").fill("36")
+    with page.expect_request(lambda r: r.method == "PATCH") as sent:
+        save(page)
+    assert sent.value.post_data_json == {"item": {"age": 36}}
+    expect(form.get_by_label("Age")).to_have_attribute("aria-invalid", "true")
+    expect(form.locator("label:has-text('Age') .error")).not_to_be_empty()
 
 
 def test_each_error_stands_at_its_field_and_nothing_is_lost(server, visit):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import hashlib
 import http.client
 import io
 import itertools
@@ -452,7 +453,7 @@ def test_a_signal_under_load_leaves_no_begun_request_unanswered(tmp_path):
     def begin(number):
         """Send half of a request, wait for the signal to be out, send the rest."""
         body = json.dumps({"item": user(f"begun {number}")}).encode()
-        head = f"POST /api/v2/user HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+        head = "POST /api/v2/user HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
         head += f"{len(body)}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", server.port), 30) as sock:
             sock.sendall(head.encode() + body[:10])
@@ -1075,7 +1076,7 @@ def two_servers(path):
 
 @pytest.mark.slow
 def test_two_processes_lose_no_update(tmp_path):
-    """1,000 increments by read, compare and write, of two counters: the sum is 1,000."""
+    """1,000 increments of two counters by read, compare and write: the sum is 1,000."""
     path, times, tally = tmp_path / "users.db", [], collections.Counter()
     with two_servers(path) as servers:
         client = Client(servers[0])
@@ -1577,42 +1578,44 @@ VERSION_1 = """
 BEGIN TRANSACTION;
 CREATE TABLE changes (seq INTEGER PRIMARY KEY, at TEXT NOT NULL, actor TEXT, op TEXT NOT
 NULL, user INTEGER NOT NULL, fields TEXT NOT NULL);
-INSERT INTO "changes"
-VALUES(1,'2026-11-27T18:18:30.455Z',NULL,'create',1,'["name", "mail", "phone", "address"]');
-INSERT INTO "changes"
-VALUES(2,'2026-11-27T18:18:30.455Z',NULL,'create',2,'["name", "mail"]');
-INSERT INTO "changes"
-VALUES(3,'2026-11-27T18:18:30.462Z',NULL,'create',1337,'["name", "mail"]');
-INSERT INTO "changes"
-VALUES(4,'2026-11-27T18:18:30.465Z','admin','update',2,'["name"]');
-INSERT INTO "changes" VALUES(5,'2026-11-27T18:18:30.466Z',NULL,'delete',1337,'[]');
+INSERT INTO "changes" VALUES(1, '2026-11-27T18:19:42.308Z', NULL, 'create', 1,
+'["name", "mail", "phone", "address"]');
+INSERT INTO "changes" VALUES(2, '2026-11-27T18:19:42.308Z', NULL, 'create', 2,
+'["name", "mail"]');
+INSERT INTO "changes" VALUES(3, '2026-11-27T18:19:42.311Z', NULL, 'create', 1337,
+'["name", "mail"]');
+INSERT INTO "changes" VALUES(4, '2026-11-27T18:19:42.311Z', 'admin', 'update', 2,
+'["name"]');
+INSERT INTO "changes" VALUES(5, '2026-11-27T18:19:42.312Z', NULL, 'delete', 1337, '[]');
 CREATE TABLE retries (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, at INTEGER NOT
 NULL, digest BLOB NOT NULL, status INTEGER NOT NULL, headers TEXT NOT NULL, body BLOB
 NOT NULL);
-INSERT INTO "retries" VALUES(1,X'01',1767225600,X'02',201,'[]','{}');
+INSERT INTO "retries" VALUES(1, X'01', 1767225600, X'02', 201, '[]', '{}');
 CREATE TABLE tokens (name TEXT PRIMARY KEY, digest BLOB NOT NULL UNIQUE, role TEXT NOT
 NULL, created TEXT NOT NULL, used TEXT NOT NULL DEFAULT '');
-INSERT INTO "tokens" VALUES('script',X'313233','admin','2026-01-01T00:00:00.000Z','');
+INSERT INTO "tokens" VALUES('script',
+X'79F076ABDD19A752DB7267BFFF2F9022161D120DEA919FDACA2FFDFC24CA8C96', 'admin', '', '');
 CREATE TABLE user_address (user_id INTEGER NOT NULL, id INTEGER NOT NULL, label TEXT NOT
 NULL DEFAULT '', street TEXT NOT NULL DEFAULT '', postcode TEXT NOT NULL DEFAULT '',
 city TEXT NOT NULL DEFAULT '', region TEXT NOT NULL DEFAULT '', country TEXT NOT NULL
 DEFAULT '', stamp INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (user_id, id)) WITHOUT ROWID;
-INSERT INTO "user_address"
-VALUES(1,1,'home','Marktstraße 1','10115','Berlin','','DE',1);
+INSERT INTO "user_address" VALUES(1, 1, 'home', 'Marktstraße 1', '10115', 'Berlin', '',
+'DE', 1);
 CREATE TABLE user_phone (user_id INTEGER NOT NULL, id INTEGER NOT NULL, label TEXT NOT
 NULL DEFAULT '', number TEXT NOT NULL DEFAULT '', stamp INTEGER NOT NULL DEFAULT 0,
 PRIMARY KEY (user_id, id)) WITHOUT ROWID;
-INSERT INTO "user_phone" VALUES(1,1,'work','+49 30 1234567',1);
-INSERT INTO "user_phone" VALUES(1,2,'','0151 999',1);
+INSERT INTO "user_phone" VALUES(1, 1, 'work', '+49 30 1234567', 1);
+INSERT INTO "user_phone" VALUES(1, 2, '', '0151 999', 1);
 CREATE TABLE users (user_id INTEGER PRIMARY KEY AUTOINCREMENT, user_name TEXT NOT NULL,
 user_mail TEXT NOT NULL, version INTEGER NOT NULL DEFAULT 0, created TEXT NOT NULL
 DEFAULT '', updated TEXT NOT NULL DEFAULT '', name_fold TEXT NOT NULL DEFAULT '',
 mail_fold TEXT NOT NULL DEFAULT '', last_phone INTEGER NOT NULL DEFAULT 0, last_address
 INTEGER NOT NULL DEFAULT 0);
-INSERT INTO "users"
-VALUES(1,'Ada Lovelace','ada@example.org',1,'2026-11-27T18:18:30.455Z','2026-11-27T18:18:30.455Z','ada lovelace','ada@example.org',2,1);
-INSERT INTO "users"
-VALUES(2,'ZOË','Zoe@Example.org',2,'2026-11-27T18:18:30.455Z','2026-11-27T18:18:30.465Z','zoë','zoe@example.org',0,0);
+INSERT INTO "users" VALUES(1, 'Ada Lovelace', 'ada@example.org', 1,
+'2026-11-27T18:19:42.308Z', '2026-11-27T18:19:42.308Z', 'ada lovelace',
+'ada@example.org', 2, 1);
+INSERT INTO "users" VALUES(2, 'ZOË', 'Zoe@Example.org', 2, '2026-11-27T18:19:42.308Z',
+'2026-11-27T18:19:42.311Z', 'zoë', 'zoe@example.org', 0, 0);
 CREATE INDEX users_by_name ON users (name_fold);
 CREATE INDEX users_by_mail ON users (mail_fold);
 CREATE INDEX users_by_created ON users (created);
@@ -1678,7 +1681,7 @@ NULL, 'delete', OLD.user_id, '[]' WHERE NOT EXISTS (SELECT 1 FROM changes WHERE 
 coalesce((SELECT max(seq) FROM changes), 0) AND op = 'delete' AND user = OLD.user_id);
 END;
 DELETE FROM "sqlite_sequence";
-INSERT INTO "sqlite_sequence" VALUES('users',1337);
+INSERT INTO "sqlite_sequence" VALUES('users', 1337);
 COMMIT;
 PRAGMA application_id = 1970496882;
 PRAGMA user_version = 1;
@@ -1706,14 +1709,14 @@ def print_version():
     foreign(
         path,
         "INSERT INTO tokens (name, digest, role, created)"
-        " VALUES ('script', x'313233', 'admin', '2026-01-01T00:00:00.000Z')",
+        f" VALUES ('script', x'{hashlib.sha256(b'kept').hexdigest()}', 'admin', '')",
         "INSERT INTO retries VALUES (1, x'01', 1767225600, x'02', 201, '[]', '{}')",
     )
     with contextlib.closing(sqlite3.connect(path)) as db:
         pragmas = ("application_id", "user_version")
         lines = [f"PRAGMA {p} = {rows(path, f'PRAGMA {p}')[0][0]};" for p in pragmas]
         for statement in [*db.iterdump(), *lines]:
-            words = re.findall(r"(?:'[^']*'|[^\s'])+", statement)
+            words = re.findall(r"(?:'[^']*'|[^\s',])+,?|,", statement)
             while words:
                 line = words.pop(0)
                 while words and len(line) + len(words[0]) < 88:
@@ -1775,10 +1778,12 @@ def test_a_database_of_every_earlier_version_is_whole(tmp_path, version):
         assert after["users"] == before["users"]
     foreign(path, "INSERT INTO users (user_name, user_mail) VALUES ('old', 'o@b.c')")
     with Server(path) as server:
-        client = Client(server)
-        assert client("GET", f"/user/{highest + 2}").item["name"] == "old"
-        assert client("PUT", "/user/1", user("new")).status == 200
-        assert client("GET", "/changes").body["results"][-2]["op"] == "create"
+        client, token = Client(server), {"Authorization": "Bearer kept"}
+        assert client("GET", "/user", **token).body["results"][-1]["name"] == "old"
+        assert client("PUT", "/user/1", user("new"), **token).status == 200
+        changes = client("GET", "/changes", **token).body["results"]
+        assert [change["op"] for change in changes[-2:]] == ["create", "update"]
+        assert client("GET", "/user").status == (401 if before.get("tokens") else 200)
 
 
 def test_the_present_version_is_kept_as_text(tmp_path):
@@ -1853,7 +1858,7 @@ def test_a_migration_killed_at_any_statement(tmp_path, version):
 def test_a_migration_killed_at_any_write(tmp_path, calls):
     path, seen = tmp_path / "users.db", collections.Counter()
     kept(0, f"{path}.old")
-    for number in [1, 2, 3, 4, 6, 9, 14, 20, 30, 45]:
+    for number in [1, 2, 4, 7, 12, 20, 40]:
         for end in ("-wal", "-shm", "-journal"):
             Path(f"{path}{end}").unlink(missing_ok=True)
         shutil.copy(f"{path}.old", path)
@@ -1864,16 +1869,16 @@ def test_a_migration_killed_at_any_write(tmp_path, calls):
         seen[assert_old_or_new(path, 0)] += 1
         if done.returncode == 0:
             break
-    assert len(seen) <= 2 and seen.total() if hasattr(seen, "total") else seen
+    assert seen[0], "it was always too late"
 
 
 @pytest.mark.slow
 def test_many_processes_upgrade_one_database(tmp_path):
-    for turn in range(5):
+    for turn in range(3):
         path = kept(0, tmp_path / f"{turn}.db")
         before = rows(path)
-        done = in_threads(lambda _: run("check", "--db", path), range(6))  # noqa: B023
-        assert [one.returncode for one in done] == [0] * 6, done
+        done = in_threads(lambda _: run("check", "--db", path), range(4))  # noqa: B023
+        assert [one.returncode for one in done] == [0] * 4, done
         assert rows(path) == before
         assert rows(path, "SELECT count(*) FROM changes") == [(0,)]
 
