@@ -56,6 +56,7 @@ import datetime
 import functools
 import hashlib
 import hmac
+import html
 import io
 import itertools
 import json
@@ -3632,9 +3633,18 @@ GUARDED, WITH_BODY, WRITING = (401, 429), (411, 413, 415), (422, 507)
 PROBLEM_HEADERS = {401: "WWW-Authenticate", 405: "Allow", 415: "Accept"}
 PROBLEM_HEADERS.update(dict.fromkeys((429, 503, 507), "Retry-After"))
 HOW = {"POST": "Create", "PUT": "Replace", "PATCH": "Merge"}
-#: These match what they say, but only validators know \p{Any}: who makes values up by a
-#: pattern leaves them alone, and with them what no schema can say (see unlike).
-ANY, SOME = r"^\p{Any}*$", r"^(?=\p{Any})"
+#: Patterns that only validators can read, for \p is not known everywhere: who makes
+#: values up out of a schema stays with its `if`, as no schema can say that ids differ or
+#: that a cursor is one of ours. They stand at x-patterns of the document.
+PATTERNS = {
+    "any": r"^\p{Any}*$",
+    "true": r"^(?=\p{Any})(?:true|1)$",
+    "conflict": r"^(?=\p{Any})(?:skip|replace)$",
+    "cursor": r"^(?=\p{Any})[A-Za-z0-9_-]{16,}$",
+    "members": rf"^(?=\p{{Any}})(?:{'|'.join(set(VIEWS['v2']) - set(CSV_MEMBERS))})$",
+    "name": rf"^{_SPACE}[^{_BARRED}]*[^{_BARRED}{_UNSEEN}][^{_BARRED}]*{_SPACE}$",
+}
+UNTOLD = {name: {"$ref": f"#/x-patterns/{name}"} for name in PATTERNS}
 TEXT: Item = {"type": "string"}
 COUNT: Item = {"type": "integer", "minimum": 0}
 SUCCESS: Item = {"code": {"const": 0}, "message": {"const": "SUCCESS"}}
@@ -3677,8 +3687,11 @@ def shown_schema(shape: Shape, view: str) -> Item:
 
 
 def unlike(shape: Shape, view: str, how: str) -> Item:
-    """A list of items whose ids differ, which JSON Schema cannot say: see ANY."""
-    untold = {"items": {"properties": {shape.columns[0].name: {"pattern": ANY}}}}
+    """A list of items whose ids differ, which JSON Schema cannot say: see PATTERNS."""
+    name = shape.columns[-1].name
+    untold = {
+        "items": {"properties": {name: UNTOLD["any"]}, "propertyNames": UNTOLD["any"]}
+    }
     listed = ref("schemas", schema_name(shape, view, how))
     return {"type": "array", "items": listed, "if": {"maxItems": 1}, "else": untold}
 
@@ -3710,7 +3723,7 @@ def one_of_schema(shape: Shape, partial: bool) -> Item:
     if not partial or not wanted:
         return wanted
     touched = {"anyOf": [{"required": [name]} for name in shape.one_of]}
-    untold = {"properties": {shape.columns[0].name: {"pattern": ANY}}}
+    untold = {"properties": {shape.columns[0].name: UNTOLD["any"]}}
     return {"if": touched, "then": {"if": {"allOf": [wanted]}, "else": untold}}
 
 
@@ -3743,7 +3756,7 @@ def body_of(found: Operation, view: str) -> Item:
     if CSV in content:
         row = [f.example for f in USER.columns if f.csv]
         told = csv_lines([CSV_MEMBERS[1:], row]).decode()
-        text = {**TEXT, "if": {"const": told}, "else": {"pattern": ANY}}
+        text = {**TEXT, "if": {"const": told}, "else": UNTOLD["any"]}
         content[CSV] = {"schema": text, "example": told}
     if NDJSON in content:
         line = to_json(example["item"]).decode()
@@ -3796,24 +3809,21 @@ def statuses_of(found: Operation) -> list[int]:
     return sorted(statuses)
 
 
-def one_name(known: Sequence[str], names: Sequence[str]) -> Item:
-    """One of these names, of which only the known ones go with everything: see ANY."""
-    rest = "|".join(name for name in names if name not in known)
-    if not rest:
-        return {**TEXT, "enum": list(known)}
-    untold = {"pattern": rf"{SOME}(?:{rest})$"}
-    return {**TEXT, "if": {"enum": list(known)}, "else": untold}
-
-
 def query_of(found: Operation, name: str, view: str) -> Item:
     """A query parameter of an operation."""
     schema = dict(PARAMS[name].schema)
     if name == "fields":
-        schema["items"], schema["minItems"] = one_name(CSV_MEMBERS, VIEWS[view]), 1
+        schema["items"], schema["minItems"] = {**TEXT, "enum": list(VIEWS[view])}, 1
+        if view != "v1":
+            schema["items"] = {
+                **TEXT,
+                "if": {"enum": CSV_MEMBERS},
+                "else": UNTOLD["members"],
+            }
     if name == "id" and found.writes:
         schema["uniqueItems"] = True
     if name == "dry_run" and found.method == "DELETE":
-        schema = one_name(("false", "0"), ("true", "1"))
+        schema = {**TEXT, "if": {"enum": ["false", "0"]}, "else": UNTOLD["true"]}
     parameter: Item = {"name": name, "in": "query", "description": PARAMS[name].help}
     if schema["type"] == "array":
         parameter.update(style="form", explode=False)
@@ -3833,7 +3843,7 @@ def parameters_of(found: Operation, path: str, view: str) -> list[Item]:
     if not found.writes and found.path.startswith("/user"):
         parameters.append({"name": "If-None-Match", "in": "header", "schema": TEXT})
     if found.writes and 412 in found.problems:
-        tags = {**TEXT, "if": {"const": "*"}, "else": {"pattern": SOME}}
+        tags = {**TEXT, "if": {"const": "*"}, "else": UNTOLD["any"]}
         parameters.append({"name": "If-Match", "in": "header", "schema": tags})
     return parameters
 
@@ -3924,6 +3934,9 @@ def openapi(prefix: str = "") -> Item:
         "servers": [{"url": prefix or "/"}],
         "security": [{}, {"bearer": []}, {"basic": []}],
         "paths": paths,
+        "x-patterns": {
+            name: {"pattern": pattern} for name, pattern in PATTERNS.items()
+        },
         "components": {
             "schemas": schemas(),
             "responses": {f"Problem{n}": problem_response(n) for n in PROBLEMS},
@@ -3941,102 +3954,125 @@ def postman(url: str = "http://127.0.0.1:8080") -> Item:
     return {"info": {}}
 
 
-def reference(prefix: str) -> tuple[str, str]:
-    return "<!doctype html><title>userapi</title>", POLICY
-
-
 # ── Page ──────────────────────────────────────────────────────────────────────────
 
 PAGE_STYLE = r"""
-:root { --bg: #fbfbfa; --top: #fff; --ink: #1d1e22; --soft: #62656d; --line: #e8e8e5; --edge: #c6c7c9; --hover:
-  #f2f2ef; --accent: #3b56c8; --on: #fff; --red: #b3261e; --bar: 4rem; --side: max(1rem, calc(50vw - 38rem)); --card:
-  1px solid var(--line); color-scheme: light dark; scroll-padding: 8rem 0 6rem; }
-@media (prefers-color-scheme: dark) { :root { --bg: #131417; --top: #1b1c20; --ink: #e8e8eb; --soft: #9da0a9; --line:
-  #282a2f; --edge: #484b53; --hover: #1e2024; --accent: #94a8ff; --on: #10142a; --red: #ff8d83; } }
+:root { --bg: #fbfbfa; --top: #fff; --ink: #1d1e22; --soft: #62656d; --line: #e8e8e5;
+  --edge: #c6c7c9; --hover: #f2f2ef; --accent: #3b56c8; --on: #fff; --red: #b3261e;
+  --bar: 4rem; --side: max(1rem, calc(50vw - 38rem)); --card: 1px solid var(--line);
+  color-scheme: light dark; scroll-padding: 8rem 0 6rem; }
+@media (prefers-color-scheme: dark) { :root { --bg: #131417; --top: #1b1c20;
+  --ink: #e8e8eb; --soft: #9da0a9; --line: #282a2f; --edge: #484b53; --hover: #1e2024;
+  --accent: #94a8ff; --on: #10142a; --red: #ff8d83; } }
 * { box-sizing: border-box; }
-body { margin: 0 var(--side); background: var(--bg); color: var(--ink); font: 0.9375rem/1.5 system-ui, sans-serif;
-  overflow-wrap: anywhere; }
+body { margin: 0 var(--side); background: var(--bg); color: var(--ink);
+  font: 0.9375rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1, h2 { font-size: 1.125rem; font-weight: 600; margin: 0; }
-button, select, input:not([type="checkbox"], [type="radio"]) { height: 2.375rem; padding: 0 0.875rem; font: inherit;
-  color: inherit; background: var(--top); border: 1px solid var(--edge); border-radius: 8px; white-space: nowrap; }
-button { cursor: pointer; font-weight: 500; } button:hover, #menu > :hover { background: var(--hover); }
+button, select, input:not([type="checkbox"], [type="radio"]) { height: 2.375rem;
+  padding: 0 0.875rem; font: inherit; color: inherit; background: var(--top);
+  border: 1px solid var(--edge); border-radius: 8px; white-space: nowrap; }
+button { cursor: pointer; font-weight: 500; }
+button:hover, #menu > :hover { background: var(--hover); }
 button:disabled { opacity: 0.5; }
-.primary, .primary:hover { background: var(--accent); border-color: transparent; color: var(--on); }
+.primary, .primary:hover { background: var(--accent); border-color: transparent;
+  color: var(--on); }
 .danger, .error { color: var(--red); }
-:focus-visible, .drop:focus-within { outline: 2px solid var(--accent) !important; outline-offset: 2px; }
-[type="checkbox"], [type="radio"], progress { accent-color: var(--accent); width: 1.0625rem; height: 1.0625rem;
-  margin: 0; vertical-align: -0.1875rem; }
-[hidden], #state:empty, .reader .write, .out :is(.bar, table) { display: none !important; }
-.bar { position: sticky; top: 0; z-index: 2; height: var(--bar); background: var(--bg); display: flex; flex-wrap:
-  wrap; gap: 0 0.75rem; align-items: center; align-content: center; }
-#count, #about, #state p, #ask-text { color: var(--soft); font-variant-numeric: tabular-nums; }
+:focus-visible, .drop:focus-within { outline: 2px solid var(--accent) !important;
+  outline-offset: 2px; }
+[type="checkbox"], [type="radio"], progress { accent-color: var(--accent);
+  width: 1.0625rem; height: 1.0625rem; margin: 0; vertical-align: -0.1875rem; }
+[hidden], #state:empty, .reader .write, .out :is(.bar, table) {
+  display: none !important; }
+.bar { position: sticky; top: 0; z-index: 2; height: var(--bar);
+  background: var(--bg); display: flex; flex-wrap: wrap; gap: 0 0.75rem;
+  align-items: center; align-content: center; }
+#count, #about, #state p, #ask-text { color: var(--soft);
+  font-variant-numeric: tabular-nums; }
 #search { width: 22rem; margin-inline-start: auto; }
 #list { width: 100%; border-spacing: 0; table-layout: fixed; margin-bottom: 6rem; }
-#list thead { position: sticky; top: var(--bar); z-index: 1; background: var(--bg); font-size: 0.8125rem; }
-#list :is(th, td) { height: 3rem; padding: 0 0.75rem; border-bottom: var(--card); color: var(--soft); font-weight:
-  400; text-align: left; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
-#list th:first-child { width: 2.75rem; } #list th:nth-child(2) { width: 25%; } #list th:nth-child(3) { width: 30%; }
-#list th:last-child { width: 8.5rem; } #list button { all: unset; cursor: pointer; border-radius: 3px; }
+#list thead { position: sticky; top: var(--bar); z-index: 1; background: var(--bg);
+  font-size: 0.8125rem; }
+#list :is(th, td) { height: 3rem; padding: 0 0.75rem; border-bottom: var(--card);
+  color: var(--soft); font-weight: 400; text-align: left; white-space: nowrap;
+  overflow: hidden; text-overflow: ellipsis; }
+#list th:first-child { width: 2.75rem; } #list th:nth-child(2) { width: 25%; }
+#list th:nth-child(3) { width: 30%; } #list th:last-child { width: 8.5rem; }
+#list button { all: unset; cursor: pointer; border-radius: 3px; }
 #list [aria-sort="ascending"] button::after { content: " ↑"; }
-#list [aria-sort="descending"] button::after { content: " ↓"; } #list .user { cursor: pointer; }
+#list [aria-sort="descending"] button::after { content: " ↓"; }
+#list .user { cursor: pointer; }
 #list .user button { color: var(--ink); font-weight: 500; }
 #list .user:is(:hover, :focus-within, :has(:checked)) { background: var(--hover); }
 #list [aria-hidden] td { padding: 0; border: 0; height: 0; }
-#list[aria-busy="true"] tbody { opacity: 0.6; transition: opacity 0.2s 0.3s; } .changed { animation: changed 2s; }
-@keyframes changed { from { background: color-mix(in srgb, var(--accent) 14%, var(--bg)); } }
+#list[aria-busy="true"] tbody { opacity: 0.6; transition: opacity 0.2s 0.3s; }
+.changed { animation: changed 2s; }
+@keyframes changed { from {
+  background: color-mix(in srgb, var(--accent) 14%, var(--bg)); } }
 #state { text-align: center; padding: 4rem 1rem; }
-#bulk, #toast, #menu, dialog { background: var(--top); color: inherit; border: var(--card); border-radius: 12px;
-  box-shadow: 0 8px 30px #0003; }
-#bulk, #toast { position: fixed; z-index: 3; bottom: 1.25rem; left: 50%; translate: -50%; width: max-content;
-  max-width: calc(100vw - 1rem); padding: 0.5rem 0.75rem; display: flex; flex-wrap: wrap; gap: 0.5rem; align-items:
-  center; justify-content: center; }
-#toast { bottom: 5.25rem; min-height: 3.375rem; } #toast:empty { opacity: 0; pointer-events: none; }
-#menu { position: fixed; inset: 3.5rem var(--side) auto auto; margin: 0; padding: 0.375rem; }
-#menu > * { display: block; width: 14rem; padding: 0.4375rem 0.75rem; border: 0; border-radius: 8px; text-align:
-  start; color: inherit; text-decoration: none; font-weight: 400; }
-dialog { width: min(36rem, calc(100vw - 1rem)); max-height: calc(100dvh - 1rem); padding: 0; }
-dialog::backdrop { background: #0006; } dialog form { padding: 1.5rem 1.5rem 0; } dialog h2 { margin-bottom: 1rem; }
-dialog footer { display: flex; flex-wrap: wrap; gap: 0.5rem; justify-content: end; position: sticky; bottom: 0;
-  margin: 1.25rem -1.5rem 0; padding: 0.875rem 1.5rem; background: var(--top); border-top: var(--card); }
+#bulk, #toast, #menu, dialog { background: var(--top); color: inherit;
+  border: var(--card); border-radius: 12px; box-shadow: 0 8px 30px #0003; }
+#bulk, #toast { position: fixed; z-index: 3; bottom: 1.25rem; left: 50%;
+  translate: -50%; width: max-content; max-width: calc(100vw - 1rem);
+  padding: 0.5rem 0.75rem; display: flex; flex-wrap: wrap; gap: 0.5rem;
+  align-items: center; justify-content: center; }
+#toast { bottom: 5.25rem; min-height: 3.375rem; }
+#toast:empty { opacity: 0; pointer-events: none; }
+#menu { position: fixed; inset: 3.5rem var(--side) auto auto; margin: 0;
+  padding: 0.375rem; }
+#menu > * { display: block; width: 14rem; padding: 0.4375rem 0.75rem; border: 0;
+  border-radius: 8px; text-align: start; color: inherit; text-decoration: none;
+  font-weight: 400; }
+dialog { width: min(36rem, calc(100vw - 1rem)); max-height: calc(100dvh - 1rem);
+  padding: 0; }
+dialog::backdrop { background: #0006; } dialog form { padding: 1.5rem 1.5rem 0; }
+dialog h2 { margin-bottom: 1rem; }
+dialog footer { display: flex; flex-wrap: wrap; gap: 0.5rem; justify-content: end;
+  position: sticky; bottom: 0; margin: 1.25rem -1.5rem 0; padding: 0.875rem 1.5rem;
+  background: var(--top); border-top: var(--card); }
 #delete { margin-inline-end: auto; }
-.field { display: block; font-size: 0.8125rem; color: var(--soft); margin-bottom: 0.75rem; }
-.field :is(input, select) { display: block; width: 100%; margin-top: 0.25rem; font-size: 1rem; color: var(--ink); }
+.field { display: block; font-size: 0.8125rem; color: var(--soft);
+  margin-bottom: 0.75rem; }
+.field :is(input, select) { display: block; width: 100%; margin-top: 0.25rem;
+  font-size: 1rem; color: var(--ink); }
 [aria-invalid="true"] { border-color: var(--red) !important; }
-fieldset { border: 0; padding: 0; margin: 1.25rem 0 0; } legend { font-weight: 600; padding: 0 0 0.5rem; }
-.item { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 0 0.75rem; position:
-  relative; border: var(--card); padding: 0.75rem 3rem 0 0.75rem; margin-bottom: 0.5rem; border-radius: 10px; }
+fieldset { border: 0; padding: 0; margin: 1.25rem 0 0; }
+legend { font-weight: 600; padding: 0 0 0.5rem; }
+.item { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr));
+  gap: 0 0.75rem; position: relative; border: var(--card);
+  padding: 0.75rem 3rem 0 0.75rem; margin-bottom: 0.5rem; border-radius: 10px; }
 .item > button { position: absolute; right: 0.25rem; top: 0.25rem; border: 0; }
 .item > .error { grid-column: 1 / -1; }
-.drop { display: block; position: relative; padding: 2rem 1rem; margin-bottom: 1rem; text-align: center; border: 2px
-  dashed var(--edge); border-radius: 12px; }
-.drop input { position: absolute; inset: 0; width: 100%; height: 100% !important; opacity: 0; }
+.drop { display: block; position: relative; padding: 2rem 1rem; margin-bottom: 1rem;
+  text-align: center; border: 2px dashed var(--edge); border-radius: 12px; }
+.drop input { position: absolute; inset: 0; width: 100%; height: 100% !important;
+  opacity: 0; }
 progress { width: 100%; } #report { max-height: 14rem; overflow: auto; }
-:is(dialog, .op) :is(td, th) { padding: 0.25rem 1rem 0.25rem 0; text-align: start; vertical-align: top; font-weight:
-  400; }
-#clash table { table-layout: fixed; width: 100%; } #clash label { display: flex; gap: 0.5rem; white-space: pre-line; }
+dialog :is(td, th) { padding: 0.25rem 1rem 0.25rem 0; text-align: start;
+  vertical-align: top; font-weight: 400; }
+#clash table { table-layout: fixed; width: 100%; } #clash thead td { width: 4.5rem; }
+#clash :is(td, th) { padding-right: 0.5rem; }
+#report td:nth-child(2) { white-space: nowrap; }
+#clash label { display: flex; gap: 0.5rem; white-space: pre-line; }
 #clash input { flex: none; margin-top: 0.1875rem; }
 dl { display: grid; grid-template-columns: 4rem 1fr; gap: 0.5rem; } dd { margin: 0; }
-kbd, pre, output:not(:empty), textarea { border: 1px solid var(--edge); border-radius: 6px; padding: 0 0.5rem; }
-code, pre, output, textarea, .method { font: 0.8125rem/1.6 ui-monospace, monospace; white-space: pre-wrap; }
-pre, output:not(:empty), textarea { display: block; width: 100%; padding: 0.75rem 1rem; margin: 0.5rem 0; background:
-  var(--top); color: inherit; }
-textarea { min-height: 8rem; } .docs { display: grid; grid-template-columns: 15rem minmax(0, 1fr); gap: 3rem; }
-.docs > nav { position: sticky; top: 0; height: 100dvh; overflow: auto; padding: 2rem 0.25rem; font-size: 0.8125rem; }
-.docs > nav a { display: block; color: inherit; text-decoration: none; padding: 0.1875rem 0; }
-.op { padding: 1.5rem 0; border-top: var(--card); }
-.method, summary { color: var(--accent); font-weight: 600; cursor: pointer; }
-@media (max-width: 60rem) { #list :is(th, td):nth-child(6) { display: none; } .docs { display: block; } .docs > nav {
-  position: static; height: auto; } }
-@media (max-width: 42rem) { :root { --bar: 6.75rem; scroll-padding-top: 10rem; } .bar { gap: 0.5rem; } #search {
-  order: 1; width: 100%; } #more { margin-inline-start: auto; } #list, #list :is(thead, tbody) { display: block; }
-  #list tr { display: grid; grid-template-columns: 2.25rem minmax(0, 1fr) auto; } #list thead tr { display: flex; gap:
-  1.25rem; border-bottom: var(--card); } #list :is(th, td) { border: 0; padding: 0; width: auto; height: auto;
-  align-content: center; } #list th { height: 2.5rem; } #list th:nth-child(n + 4) { display: none; } #list .user {
-  height: 4rem; padding: 0.375rem 0; border-bottom: var(--card); } #list td:first-child { grid-row: 1 / 3; } #list
-  td:nth-child(3) { grid-area: 2 / 2; } #list td:nth-child(n + 4) { grid-area: 2 / 3; max-width: 8.5rem; padding-left:
-  0.75rem; text-align: right; } #list td:nth-child(5) { grid-row: 1; } }
-@media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
-"""  # noqa: E501
+kbd { border: 1px solid var(--edge); border-radius: 6px; padding: 0 0.5rem; }
+code, kbd { font: 0.8125rem/1.6 ui-monospace, monospace; }
+@media (max-width: 60rem) { #list :is(th, td):nth-child(6) { display: none; } }
+@media (max-width: 42rem) { :root { --bar: 6.75rem; scroll-padding-top: 10rem; }
+  .bar { gap: 0.5rem; } #search { order: 1; width: 100%; } #more {
+  margin-inline-start: auto; } #list, #list :is(thead, tbody) { display: block; }
+  #list tr { display: grid; grid-template-columns: 2.25rem minmax(0, 1fr) auto; }
+  #list thead tr { display: flex; gap: 1.25rem; border-bottom: var(--card); }
+  #list :is(th, td) { border: 0; padding: 0; width: auto; height: auto;
+  align-content: center; } #list th:nth-child(n) { width: auto; height: 2.5rem; }
+  #list th:nth-child(n + 4) { display: none; } #list .user { height: 4rem;
+  padding: 0.375rem 0; border-bottom: var(--card); } #list td:first-child {
+  grid-row: 1 / 3; } #list td:nth-child(3) { grid-area: 2 / 2; }
+  #list td:nth-child(n + 4) { grid-area: 2 / 3; max-width: 8.5rem;
+  padding-left: 0.75rem; text-align: right; } #list td:nth-child(5) { grid-row: 1; } }
+@media (prefers-reduced-motion: reduce) { * { animation: none !important;
+  transition: none !important; } }
+"""
 
 PAGE_SCRIPT = r"""
 "use strict";
@@ -4046,54 +4082,63 @@ const SIZE = 100; // users a page; at most four pages are in the document at a t
 const body = $("rows"), search = $("search"), selected = new Map(), changed = new Set();
 let q, sort, pages, origin, counted, total = 0, rows = new Map(), seq = data.seq || 0, stream, timer, typing;
 let undo, user, controls = [], start, places, sent, file, kind;
-
-const show = (id, ...parts) => $(id).replaceChildren(...parts);
+function show(id, ...parts) { // what stands there already is not told again
+  if (parts.length !== 1 || parts[0] !== $(id).textContent) $(id).replaceChildren(...parts);
+}
 const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
 const match = (one) => ({ "If-Match": `"${one.version}"` }), named = (one) => make("bdi", {}, one.name);
 function make(tag, properties, ...children) {
-  const node = Object.assign(document.createElement(tag), properties); node.append(...children); return node;
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children); return node;
 }
-async function call(method, url, body, type = "application/json", more = {}) {
-  const headers = { ...more, ...(body && { "Content-Type": type }) };
+async function call(method, url, body, headers = {}, type = "application/json") {
+  if (body) headers = { "Content-Type": type, ...headers };
   const got = await fetch(url, { method, headers, body }).catch(() => Response.error());
-  const result = await got.json().catch(() => ({})), { errors = [], detail } = result; if (got.ok) return result;
-  throw Object.assign(new Error(detail || "The server did not answer. Try again."), { status: got.status, errors });
+  const result = await got.json().catch(() => ({})), { errors = [], detail } = result, { status } = got;
+  if (got.ok) return result;
+  throw Object.assign(new Error(detail || "The server did not answer. Try again."), { status, errors });
 }
 function answer(id) { // of a dialog: the value of the button that closed it
-  $(id).returnValue = ""; if (!$(id).open) $(id).showModal();
+  $(id).returnValue = ""; $(id).open || $(id).showModal();
   return new Promise((done) => ($(id).onclose = () => done($(id).returnValue)));
 }
 function say(parts, back) { // a passing message, with an undo while it lasts
   undo = back && (() => back(say([])));
-  show("toast", ...parts, ...(back ? [make("button", { onclick: undo }, "Undo")] : [])); clearTimeout(say.timer);
+  show("toast", ...parts, ...(back ? [make("button", { onclick: undo }, "Undo")] : []));
+  clearTimeout(say.timer);
   if (parts.length) say.timer = setTimeout(say, 15000, []);
 }
 const note = (title, text, label, onclick) => // in the list's place: what is, and what to do
   show("state", make("h2", {}, title), make("p", {}, text), make("button", { onclick }, label));
-
 // The list: pages follow each other by cursor; those near the view are in the document.
 const query = (more) => `${api}?${new URLSearchParams({ ...(q && { q }), sort, ...more })}`;
 const room = () => make("tr", { ariaHidden: "true" }, make("td", {})), above = room(), below = room();
 function restart() {
-  const asked = new URLSearchParams(location.search); [q, sort] = [asked.get("q") || "", asked.get("sort") || "name"];
+  const asked = new URLSearchParams(location.search);
+  [q, sort, origin, pages, counted] = [asked.get("q") || "", asked.get("sort") || "name", 0, [{}], false];
   if (search.value.trim() !== q) search.value = q;
   for (const { dataset: { sort: by }, parentNode } of document.querySelectorAll("[data-sort]"))
     parentNode.ariaSort = { [by]: "ascending", ["-" + by]: "descending" }[sort] || "none";
   for (const format of ["csv", "ndjson"]) $(format).href = query({ format });
-  [pages, origin, counted] = [[{}], 0, false]; layout();
+  layout();
 }
 function go(change, replace) { // to another search or order, which the address holds
-  const now = Object.entries({ q, sort, ...change }).filter(([, value]) => value && value !== "name");
-  history[replace ? "replaceState" : "pushState"](0, "", "?" + new URLSearchParams(now)); scrollTo(0, 0); restart();
+  const next = { q, sort, ...change }, asked = new URLSearchParams(next);
+  if (!next.q) asked.delete("q");
+  if (next.sort === "name") asked.delete("sort");
+  const url = String(asked) ? "?" + asked : location.pathname;
+  history[replace ? "replaceState" : "pushState"](0, "", url); scrollTo(0, 0);
+  restart();
 }
 async function load(at) {
-  const list = pages, page = pages[at], { after } = page;
-  const more = { limit: SIZE, ...(after && { after }), ...(!counted && { count: true }) };
+  const list = pages, page = pages[at], more = { limit: SIZE, ...(page.after && { after: page.after }) };
+  if (!counted) more.count = true;
   page.fresh = counted = true;
-  const got = await call("GET", query(more)).catch((fault) => fault);
+  const got = await call("GET", query(more)).catch((fault) => fault), { errors } = got;
   if (pages !== list || pages[at] !== page) return; // an older answer never wins
-  const faults = (got.errors || []).map((each) => `${each.parameter} ${each.detail}`);
-  if (got.errors) return note("No list", [got.message, ...faults].join("; "), "Try again", restart);
+  const why = [got.message, ...(errors || []).map((each) => `${each.parameter} ${each.detail}`)];
+  if (got.status === 401) stream?.close(); // or the browser would ask for a login every time
+  if (errors) return note("No list", why.join("; "), "Try again", restart);
   [page.rows, total] = [got.results, got.total ?? total];
   const next = got.next && new URL(got.next, api).searchParams.get("after"), old = pages[at + 1];
   if (!next) pages.length = at + 1;
@@ -4104,41 +4149,41 @@ function layout() {
   const tall = SIZE * (body.querySelector(".user")?.offsetHeight || 48), last = pages.length - 1;
   const at = Math.max(0, Math.min(last, Math.floor((scrollY - body.offsetTop) / tall)));
   const first = Math.max(0, at - 1), near = pages.slice(first, at + 3), users = new Map();
-  near.forEach((page, i) => page.fresh || load(first + i)); $("list").ariaBusy = !pages[at].rows;
+  near.forEach((page, i) => page.fresh || load(first + i));
+  $("list").ariaBusy = !pages[at].rows;
   if (!last && !pages[0].rows) return; // the former list stays until this one is here
   for (const page of pages) if (!near.includes(page)) page.rows = page.fresh = null;
   near.forEach((page, i) => page.rows?.forEach((one, n) =>
     users.set(one.id, row(one, (origin + first + i) * SIZE + n + 2))));
+  const coming = pages.length - first - near.filter((page) => page.rows).length;
   above.firstChild.style.height = first * tall + "px";
-  below.firstChild.style.height = (pages.length - first - near.filter((page) => page.rows).length) * tall + "px";
-  rows = users; paint();
-  if (first > 4000) { // browsers lay out 33 million pixels at most: forget what is far above
-    [pages, origin] = [pages.slice(2000), origin + 2000]; scrollBy(0, -2000 * tall);
-  }
+  below.firstChild.style.height = coming * tall + "px"; paint((rows = users));
+  if (first < 4000) return;
+  [pages, origin] = [pages.slice(2000), origin + 2000]; // browsers lay out 33 million px at most
+  scrollBy(0, -2000 * tall);
 }
 function row(one, ariaRowIndex) {
-  const old = rows.get(one.id), [phone, ...more] = one.phone;
+  const old = rows.get(one.id), [phone, ...more] = one.phone, city = one.address.find((each) => each.city);
   if (old?.one.version === one.version) return Object.assign(old, { ariaRowIndex });
+  if (selected.has(one.id)) selected.set(one.id, one);
   const box = make("input", { type: "checkbox", ariaLabel: "Select " + one.name });
   const phones = (phone?.number || "") + (more.length ? ` +${more.length}` : "");
-  const city = one.address.find((each) => each.city)?.city || "";
   const day = new Date(one.updated).toLocaleDateString([], { dateStyle: "medium" });
-  const cells = [box, make("button", { dir: "auto" }, one.name), one.mail, phones, city, day]
-    .map((content) => make("td", { role: "cell", dir: "auto" }, content));
-  if (selected.has(one.id)) selected.set(one.id, one);
+  const cells = [box, make("button", { dir: "auto" }, one.name), one.mail, phones, city?.city || "", day];
   const className = changed.delete(one.id) ? "user changed" : "user";
-  return make("tr", { one, ariaRowIndex, role: "row", className }, ...cells);
+  return make("tr", { one, ariaRowIndex, role: "row", className },
+    ...cells.map((content) => make("td", { role: "cell", dir: "auto" }, content)));
 }
 function paint() {
   const list = [above, ...rows.values(), below], old = [...body.rows];
   const active = document.activeElement, held = active.closest("#rows tr");
   if (old.length !== list.length || old.some((tr, i) => tr !== list[i])) {
-    body.replaceChildren(...list); // and who had the focus has it still, or who stands there now
+    body.replaceChildren(...list); // who had the focus keeps it, or gives it to who stands there now
     const heir = rows.get(held?.one.id) || body.rows[old.indexOf(held)];
-    const next = active.isConnected ? active : heir?.querySelector("button") || search;
-    if (held) next.focus({ preventScroll: true });
+    if (held) (active.isConnected ? active : heir?.querySelector("button") || search).focus({ preventScroll: true });
   }
-  $("list").ariaRowCount = total + 1; show("count", total.toLocaleString() + (q ? " found" : ""));
+  $("list").ariaRowCount = total + 1;
+  show("count", total.toLocaleString() + (q ? " found" : ""));
   if (rows.size) show("state");
   else if (q) note("Nobody found", `No name or mail holds “${q}”.`, "Show all", () => go({ q: "" }));
   else note("No users yet", "Add the first, or drop a CSV or NDJSON file here.", "New user", () => edit());
@@ -4149,52 +4194,57 @@ function choose(list, on) { // select or unselect these, and show what is select
   const boxes = [...body.querySelectorAll("input")], all = $("all");
   for (const box of boxes) box.checked = selected.has(box.closest("tr").one.id);
   all.checked = boxes.length > 0 && boxes.every((box) => box.checked);
-  all.indeterminate = selected.size > 0 && !all.checked; $("bulk").hidden = !selected.size;
+  all.indeterminate = selected.size > 0 && !all.checked;
+  $("bulk").hidden = !selected.size;
   show("chosen", `${selected.size.toLocaleString()} selected`);
 }
-function refresh() { timer = counted = false; for (const page of pages) page.fresh = false; layout(); }
+function refresh() {
+  timer = counted = false; for (const page of pages) page.fresh = false; layout();
+}
 function follow() { // what others change; a hidden page gives its connection back
-  stream?.close(); if (document.hidden) return; stream = new EventSource(`${home}/api/changes?since=${seq}`);
+  stream?.close(); if (document.hidden) return;
+  stream = new EventSource(`${home}/api/changes?since=${seq}`);
   stream.onmessage = (event) => {
-    const change = JSON.parse(event.data); seq = change.seq;
-    changed.add(change.user); if (change.op === "delete") selected.delete(change.user);
-    timer ||= setTimeout(refresh, 500);
+    const change = JSON.parse(event.data);
+    [seq, timer] = [change.seq, timer || setTimeout(refresh, 500)];
+    changed.add(change.user);
+    if (change.op === "delete") selected.delete(change.user);
   };
   const again = () => follow(refresh()); // refused, as the log begins later: look anyway
   stream.onerror = () => stream.readyState === 2 && setTimeout(again, 5000);
 }
-
 // The form comes out of the server's table of fields; errors find their place by pointer.
 const parts = (kind, values = {}) =>
   data.fields[kind].filter((field) => !field.readOnly).map((field) => control(field, values[field.name]));
 function control(field, value) {
   const { title, type, inputType, autocomplete = "off", required } = field;
-  if (type === "list") return group(field, value || []); const error = make("small", { className: "error" });
+  if (type === "list") return group(field, value || []);
+  const error = make("small", { className: "error" });
   const input = make("input", { type: inputType, value: value ?? "", autocomplete, required, dir: "auto" });
-  const read = (at) => {
-    places.set(at, [error, input]); return type === "integer" && input.value ? Number(input.value) : input.value;
-  };
+  const number = () => type === "integer" && input.value !== "";
+  const read = (at) => (places.set(at, [error, input]), number() ? +input.value : input.value);
   return make("label", { className: "field", field, read }, title, input, error);
 }
 function group(field, values) { // rows to add and remove
-  const { name, title } = field, list = make("div");
-  const more = make("button", { type: "button", onclick: () => add().focus() }, "Add " + name);
+  const { name, title } = field, list = make("div"), type = "button";
+  const more = make("button", { type, onclick: () => add().focus() }, "Add " + name);
   const add = (value = {}) => {
     const inner = parts(name, value), error = make("small", { className: "error" });
     const onclick = () => more.focus(item.remove()), ariaLabel = "Remove this " + name;
-    const away = make("button", { type: "button", onclick, ariaLabel }, "×");
     const read = (at) => collect(inner, at, error, value.id ? { id: value.id } : {});
-    const item = make("div", { className: "item", read }, ...inner, away, error); list.append(item);
-    return inner[0].querySelector("input");
+    const away = make("button", { type, onclick, ariaLabel }, "×");
+    const item = make("div", { className: "item", read }, ...inner, away, error);
+    list.append(item); return inner[0].querySelector("input");
   };
-  values.forEach(add);
+  values.forEach((value) => add(value));
   const read = (at) => [...list.children].map((item, i) => item.read(`${at}/${i}`));
   return make("fieldset", { field, read }, make("legend", {}, title), list, more);
 }
 function collect(nodes, at, error, item) {
   places.set(at, [error]);
-  for (const { field, read } of nodes) {
-    const value = read(`${at}/${field.name}`); if (value !== "" || field.required) item[field.name] = value;
+  for (const { field: { name, required }, read } of nodes) {
+    item[name] = read(`${at}/${name}`);
+    if (item[name] === "" && !required) delete item[name];
   }
   return item;
 }
@@ -4205,40 +4255,42 @@ const changes = (item) => // the members that are not as the form began; null ta
 function edit(one, draft) {
   [user, controls, sent] = [one, parts("user", one), null]; start = values();
   if (draft) controls = parts("user", { ...one, ...draft });
-  show("fields", ...controls); show("form-error"); show("form-title", one ? one.name : "New user");
+  show("fields", ...controls); show("form-error");
+  show("form-title", one ? one.name : "New user");
   show("about", one ? `User ${one.id}, last changed ${new Date(one.updated).toLocaleString()}` : "");
-  $("delete").hidden = !one; if (!$("form").open) $("form").showModal(); $("fields").querySelector("input").focus();
+  $("delete").hidden = !one; $("form").open || $("form").showModal();
+  $("fields").querySelector("input").focus();
 }
-function blame(fault) { // each message goes to its field, or to what holds the field
-  for (const { pointer, detail } of fault.errors) {
-    let at = pointer; while (at && !places.has(at)) at = at.slice(0, Math.max(0, at.lastIndexOf("/")));
-    const [error, input] = places.get(at || "#/item"); error.append(detail + ". ");
+function blame({ errors, message }) { // each message goes to its field, or to what holds the field
+  for (let { pointer, detail } of errors) {
+    while (pointer && !places.has(pointer)) pointer = pointer.slice(0, Math.max(0, pointer.lastIndexOf("/")));
+    const [error, input] = places.get(pointer || "#/item"); error.append(detail + ". ");
     if (input) input.ariaInvalid = "true";
   }
-  if (!fault.errors.length) show("form-error", fault.message);
-  $("fields").querySelector("[aria-invalid]")?.focus();
+  if (!errors.length) show("form-error", message);
+  $("fields").querySelector("[aria-invalid=true]")?.focus();
 }
 async function save(item, patch) {
-  for (const [error, input] of places.values()) { error.replaceChildren(); input?.removeAttribute("aria-invalid"); }
+  for (const [error, input] of places.values()) input && (input.ariaInvalid = "false"), error.replaceChildren();
   const content = JSON.stringify({ item: user ? patch : item });
   if (sent?.content !== content) sent = { content, key: `${Date.now()}-${Math.random()}` };
-  const how = user ? match(user) : { "Idempotency-Key": sent.key }; // a second try adds no second user
-  const [method, url] = user ? ["PATCH", `${api}/${user.id}`] : ["POST", api];
+  const once = { "Idempotency-Key": sent.key }; // a second try adds no second user
   try {
-    const [saved] = (await call(method, url, content, undefined, how)).results; start = item;
-    $("form").close(); say(["Saved ", named(saved)]); refresh();
+    const saved = user ? await call("PATCH", `${api}/${user.id}`, content, match(user))
+      : await call("POST", api, content, once);
+    start = item; $("form").close();
+    say(["Saved ", named(saved.results[0])]); refresh();
   } catch (fault) {
     if (fault.status === 412) return clash(item).catch(blame);
-    if (fault.status === 404) user = null; // deleted meanwhile: saving again adds it anew
+    if (fault.status === 404) [user, fault.message] = [null, "This user was deleted. Save to add it anew."];
     blame(fault);
   }
 }
 async function clash(item) { // someone was faster: whose stays, member by member?
   const theirs = (await call("GET", `${api}/${user.id}`)).results[0], mine = changes(item);
   const plain = ({ id, ...rest }) => Object.values(rest).filter(Boolean).join(" · ");
-  const text = (value) => String(value?.map ? value.map(plain).join("\n") : value ?? "") || "—";
-  const fields = controls.map(({ field }) => field);
-  const other = fields.filter(({ name }) => text(item[name]) !== text(theirs[name]));
+  const text = (value) => (value?.map ? value.map(plain).join("\n") : String(value ?? "")) || "—";
+  const other = controls.map(({ field }) => field).filter(({ name }) => text(item[name]) !== text(theirs[name]));
   const side = (name, value, checked) => make("td", {}, make("label", {},
     make("input", { type: "radio", name, checked }), make("bdi", {}, text(value))));
   show("versions", ...other.map(({ name, title }) => make("tr", {}, make("th", {}, title),
@@ -4247,37 +4299,39 @@ async function clash(item) { // someone was faster: whose stays, member by membe
   const ours = (_, i) => $("versions").rows[i].querySelector("input").checked;
   user = theirs; save(item, members(item, other.filter(ours).map(({ name }) => name)));
 }
-
 // Several at once: delete and bring back, export, import.
 const chosen = () => [...selected.values()];
 const portions = (list) => list.length === 0 ? [] // ids, as many as a request line can hold
   : [list.slice(0, 300).map((one) => one.id).join(), ...portions(list.slice(300))];
 async function remove(list) {
-  const [one, ...more] = list, who = () => (more.length ? `${list.length} users` : named(one)), gone = [];
+  const [one, ...more] = list, gone = [], who = () => (more.length ? `${list.length} users` : named(one));
   if (!one) return; show("ask-title", "Delete ", who(), "?");
   show("ask-text", list.slice(0, 9).map((each) => each.mail).join(", ") + (list[9] ? ", …" : ""));
-  if ((await answer("ask")) !== "yes") return; start = values();
-  $("form").close();
+  if ((await answer("ask")) !== "yes") return;
+  start = values(); $("form").close();
   try {
     for (const ids of portions(list)) { // several are read first, as they are now
       const found = more.length ? (await call("GET", `${api}?id=${ids}`)).results : list;
-      if (more.length && found.length) await call("DELETE", `${api}?id=${portions(found)}`);
-      else if (one) await call("DELETE", `${api}/${ids}`, null, "", match(one));
+      if (!more.length) await call("DELETE", `${api}/${ids}`, null, match(one));
+      else if (found.length) await call("DELETE", `${api}?id=${portions(found)}`);
       gone.push(...found);
     }
-  } catch (fault) { say([fault.status === 412 ? "Not deleted: it has just been changed." : fault.message]); }
+  } catch (fault) {
+    say([fault.status === 412 ? "Not deleted: it has just been changed." : fault.message]);
+  }
   if (gone.length) say(["Deleted ", who()], () => restore(gone));
   choose(list, false); refresh();
 }
 async function restore(list) { // as lines of an import, which keep ids and times
-  const lines = list.map((one) => JSON.stringify(one)).join("\n");
-  const done = call("POST", api, lines, "application/x-ndjson");
-  say([await done.then(() => "Restored", (fault) => fault.message)]); refresh();
+  const lines = list.map((one) => JSON.stringify(one)), type = "application/x-ndjson";
+  const told = await call("POST", api, lines.join("\n"), {}, type).catch((fault) => fault);
+  say([told.errors ? told.message : "Restored"]); refresh();
 }
 const take = (format) => portions(chosen()).forEach((ids) =>
   make("a", { href: `${api}?id=${ids}&format=${format}`, download: "users." + format }).click());
 function bring() {
-  [file, $("file").value, $("import-go").disabled] = [null, "", true]; show("report"); answer("import");
+  [file, $("file").value, $("import-go").disabled] = [null, "", true]; show("report");
+  answer("import");
 }
 async function check(chosen) { // what would this file do? nothing is kept yet
   if (!(file = chosen)) return; const head = await file.slice(0, 99).text();
@@ -4290,21 +4344,20 @@ function upload(dry_run) { // by XMLHttpRequest, which alone tells how far it is
   request.upload.onprogress = ({ loaded, total }) => (bar.value = loaded / total);
   request.upload.onload = () => bar.removeAttribute("value"); // all is sent, not yet answered
   request.onloadend = () => report(JSON.parse(request.responseText || "{}"), dry_run);
-  [bar.hidden, bar.value, $("import-go").disabled] = [false, 0, true]; request.send(file);
+  [bar.hidden, bar.value, $("import-go").disabled] = [false, 0, true];
+  request.send(file);
 }
-function report(got, dry) {
-  const { code, created, replaced, skipped, detail, errors = [] } = got, good = code === 0;
-  const done = `${created} new, ${replaced} replaced, ${skipped} skipped`;
+function report({ code, created, replaced, skipped, detail, errors = [], total }, dry) {
+  const done = `${created} new, ${replaced} replaced, ${skipped} skipped`, good = code === 0;
   const text = good ? "Ready: " + done : detail || "The server did not answer. Try again.";
-  const line = (each) => make("tr", {}, ...["line", "pointer", "detail"].map((name) =>
-    make("td", {}, String(each[name] ?? ""))));
-  const rest = got.total > errors.length ? `… and ${got.total - errors.length} more` : "";
-  const told = make("p", { className: good ? "" : "error" }, text);
-  show("report", named(file), told, make("table", {}, ...errors.map(line)), rest);
-  [$("progress").hidden, $("import-go").disabled] = [true, !good]; if (!good || dry) return;
-  $("import").close(); say(["Imported: " + done]); refresh();
+  const line = ({ line, pointer, detail }) => make("tr", {}, make("td", {}, String(line ?? "")),
+    make("td", {}, (pointer || "").replace("#/", "")), make("td", {}, detail));
+  show("report", named(file), make("p", { className: good ? "" : "error" }, text),
+    make("table", {}, ...errors.map(line)), total > errors.length ? `… and ${total - errors.length} more` : "");
+  [$("progress").hidden, $("import-go").disabled] = [true, !good];
+  if (!good || dry) return; $("import").close();
+  say(["Imported: " + done]); refresh();
 }
-
 // Hands: the shortcuts (the help shows this table), the mouse, the buttons.
 const current = () => document.activeElement.closest(".user")?.one;
 const free = () => !document.querySelector("dialog[open]");
@@ -4313,63 +4366,71 @@ function move(step) {
   const seen = list.findIndex((tr) => tr.getBoundingClientRect().top > 90);
   list[at < 0 ? seen : at + step]?.querySelector("button").focus();
 }
-const shortcuts = [ ["/", "Search", () => search.focus()], ["n", "New user", () => edit()],
-  ["j", "Next user", () => move(1)], ["k", "Previous user", () => move(-1)],
-  ["Enter", "Open the user"], ["Esc", "Close, or unselect all"],
+const shortcuts = [
+  ["/", "Search", () => search.focus()], ["n", "New user", () => edit()], ["i", "Import", bring],
+  ["j", "Next user", () => move(1)], ["k", "Previous user", () => move(-1)], ["Enter", "Open the user"],
   ["x", "Select the user, or not", ([one]) => one && choose([one], !selected.has(one.id))],
   ["d", "Delete the selected, or the user", (one) => remove(selected.size ? chosen() : one)],
-  ["u", "Undo, while it is offered", () => undo?.()], ["i", "Import", bring],
+  ["u", "Undo, while it is offered", () => undo?.()], ["Esc", "Close, or unselect all"],
   ["?", "Show these shortcuts", () => answer("keys")],
 ];
 document.onkeydown = (event) => {
   const { key, target, ctrlKey, metaKey, altKey } = event, one = current();
-  const typed = target.matches("input:not([type=checkbox]), select");
-  if (ctrlKey || metaKey || altKey || typed || !free()) return;
-  const act = shortcuts.find(([name]) => name === key)?.[2]; if (key === "Escape") choose(chosen(), false);
+  if (ctrlKey || metaKey || altKey || target.matches("input:not([type=checkbox]), select") || !free()) return;
+  const act = shortcuts.find(([name]) => name === key)?.[2];
+  if (key === "Escape") choose(chosen(), false);
   else if (act && $("keys-on").checked) event.preventDefault(act(one ? [one] : []));
 };
 const files = ({ dataTransfer }) => dataTransfer.types.includes("Files");
 document.ondragover = (event) => files(event) && event.preventDefault(free() && bring());
-document.ondrop = (event) => files(event) && check(event.dataTransfer.files[0], event.preventDefault());
+document.ondrop = (event) => {
+  if (files(event)) event.preventDefault();
+  if (files(event) && $("import").open) check(event.dataTransfer.files[0]);
+};
 body.onclick = ({ target }) => {
-  const one = target.closest(".user")?.one; if (target.matches("input")) choose([one], target.checked);
+  const one = target.closest(".user")?.one;
+  if (target.matches("input")) choose([one], target.checked);
   else if (one && !String(getSelection())) edit(one);
 };
 const clicks = {
-  new: () => edit(), delete: () => remove([user]), cancel: () => $("form").close(),
+  new: () => edit(), delete: () => remove([user]), cancel: () => $("form").close(), leave,
   all: () => choose([...rows.values()].map((tr) => tr.one), $("all").checked),
-  "bulk-csv": () => take("csv"), "bulk-ndjson": () => take("ndjson"),
+  "bulk-csv": () => take("csv"), "bulk-ndjson": () => take("ndjson"), help: () => answer("keys"),
   "bulk-delete": () => remove(chosen()), "bulk-clear": () => choose(chosen(), false),
-  "import-open": bring, "import-go": () => upload(false), help: () => answer("keys"), leave,
-  menu: () => $("menu").hidePopover?.(),
+  "import-open": bring, "import-go": () => upload(false),
 };
 for (const id in clicks) $(id).onclick = clicks[id];
-for (const button of document.querySelectorAll("[data-sort]")) {
-  const by = button.dataset.sort; button.onclick = () => go({ sort: sort === by ? "-" + by : by });
-}
-for (const [key, text] of shortcuts) $("key-list").append(make("dt", {}, make("kbd", {}, key)), make("dd", {}, text));
+$("menu").addEventListener("click", () => $("menu").hidePopover?.(), true); // first: focus goes back
+for (const button of document.querySelectorAll("[data-sort]"))
+  button.onclick = () => go({ sort: (sort === button.dataset.sort ? "-" : "") + button.dataset.sort });
+for (const [key, text] of shortcuts)
+  $("key-list").append(make("dt", {}, make("kbd", {}, key)), make("dd", {}, text));
 async function leave() { // a browser forgets its login when another fails; stop before it asks
   const headers = { Authorization: "Basic " + btoa("logout:") }, signal = AbortSignal.timeout(1000);
-  await fetch(home + "/api/user?limit=1", { headers, signal }).catch(() => 0); stream?.close();
-  document.onvisibilitychange = onscroll = body.replaceChildren(); document.body.className = "out";
+  await fetch(home + "/api/user?limit=1", { headers, signal }).catch(() => 0);
+  clearTimeout(timer); stream?.close();
+  document.onvisibilitychange = onscroll = onpopstate = body.replaceChildren();
+  [pages, document.body.className] = [[], "out"];
   note("You are signed out", "", "Sign in", () => location.reload());
 }
 search.onchange = () => (typing = false);
 search.oninput = () => {
-  clearTimeout(search.timer);
-  search.timer = setTimeout(() => {
-    go({ q: search.value.trim() }, typing);
-    typing = true; // a search is one step of the history, its letters are not
-  }, 150);
+  clearTimeout(search.timer); // a search is one step of the history, its letters are not
+  search.timer = setTimeout(() => (go({ q: search.value.trim() }, typing), (typing = true)), 150);
 };
-$("form").onsubmit = (event) => { const item = event.preventDefault() || values(); save(item, changes(item)); };
+$("form").onsubmit = (event) => {
+  const item = event.preventDefault() || values(); save(item, changes(item));
+};
 $("form").onclose = () => { // what was dropped can be had back
-  const item = values(), one = user; if (!same(item, start)) say(["Changes dropped"], () => edit(one, item));
+  const item = values(), one = user;
+  if (!same(item, start)) say(["Changes dropped"], () => edit(one, item));
 };
-$("file").onchange = () => check($("file").files[0]); $("conflict").onchange = () => check(file);
-$("docs").href = home + "/docs"; $("leave").hidden = data.actor === null;
-document.body.classList.toggle("reader", data.write === false); document.onvisibilitychange = follow;
-onscroll = () => requestAnimationFrame(layout); onpopstate = restart; restart(); follow();
+$("file").onchange = () => check($("file").files[0]);
+$("conflict").onchange = () => check(file); $("docs").href = home + "/docs";
+$("leave").hidden = data.actor === null;
+document.body.classList.toggle("reader", data.write === false);
+document.onvisibilitychange = follow; onscroll = () => requestAnimationFrame(layout);
+onpopstate = restart; restart(); follow();
 """  # noqa: E501
 
 PAGE_HTML = r"""
@@ -4421,6 +4482,29 @@ PAGE_HTML = r"""
 <script type="application/json" id="data">$DATA</script><script>$SCRIPT</script></body></html>
 """  # noqa: E501
 
+DOCS_STYLE = r"""
+.docs { display: grid; grid-template-columns: 16rem minmax(0, 1fr); gap: 3rem; }
+.docs > nav { position: sticky; top: 0; height: 100dvh; overflow: auto;
+  padding: 2rem 0.25rem; font-size: 0.8125rem; }
+.docs > nav a { display: block; color: inherit; text-decoration: none;
+  padding: 0.1875rem 0; }
+.docs > main { padding: 2rem 0; } .docs h1 { font-size: 1.5rem; }
+.op { padding: 1.5rem 0; border-top: var(--card); }
+.op :is(td, th) { padding: 0.25rem 1rem 0.25rem 0; text-align: start;
+  vertical-align: top; font-weight: 400; }
+code, pre, output, textarea, .method { font: 0.8125rem/1.6 ui-monospace, monospace;
+  white-space: pre-wrap; }
+.op h2 > * { font-size: 1rem; }
+.method, summary { color: var(--accent); font-weight: 600; }
+summary { cursor: pointer; padding: 0.5rem 0; }
+pre, output:not(:empty), textarea { display: block; width: 100%;
+  padding: 0.75rem 1rem; margin: 0.5rem 0; background: var(--top); color: var(--ink);
+  border: 1px solid var(--edge); border-radius: 8px; }
+textarea { min-height: 8rem; }
+@media (max-width: 60rem) { .docs { display: block; } .docs > nav { position: static;
+  height: 14rem; border-bottom: var(--card); } }
+"""
+
 DOCS_SCRIPT = r"""
 "use strict";
 async function send(form) {
@@ -4459,10 +4543,10 @@ def hash_source(text: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-def html_policy(script: str) -> str:
-    """The Content-Security-Policy of a page with our style and this script."""
+def html_policy(style: str, script: str) -> str:
+    """The Content-Security-Policy of a page with this style and this script."""
     return (
-        f"default-src 'none'; style-src {hash_source(PAGE_STYLE)};"
+        f"default-src 'none'; style-src {hash_source(style)};"
         f" script-src {hash_source(script)}; connect-src 'self'; img-src data:;"
         " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
@@ -4495,7 +4579,90 @@ def page(prefix: str, **data: Any) -> tuple[str, str]:
     fields = {shape.name: form_fields(shape) for shape in (USER, *SHAPES.values())}
     data.update(base=prefix, fields=fields, version=__version__)
     text = PAGE_HTML.replace("$STYLE", PAGE_STYLE).replace("$SCRIPT", PAGE_SCRIPT)
-    return text.replace("$DATA", script_data(data)).lstrip(), html_policy(PAGE_SCRIPT)
+    return text.replace("$DATA", script_data(data)).lstrip(), html_policy(
+        PAGE_STYLE, PAGE_SCRIPT
+    )
+
+
+DOCS_HTML = r"""
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>API reference</title>
+<meta name="description" content="Every operation of this server's API, to read and to try">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>"><style>$STYLE</style></head>
+<body class="docs"><nav aria-label="Operations"><a href="$PREFIX/">← Users</a><a href="$PREFIX/openapi.json">OpenAPI</a>
+<a href="$PREFIX/postman.json">Postman</a>$LINKS</nav>
+<main><h1>API reference</h1>
+<p>Paths under <code>/api/v2</code> are given; the same ones under <code>/api/v1</code>, or <code>/api</code> alone, show v1's
+members.</p>$ARTICLES</main><script>$SCRIPT</script></body></html>
+"""  # noqa: E501
+DOCS_ARTICLE = r"""
+<article class="op" id="{id}"><h2><span class="method">{method}</span> <code>{path}</code></h2><p>{summary}</p>
+<table>{parameters}</table><p>Answers {answers}</p><pre class="curl">{curl}</pre><details><summary>Try it</summary>
+<form class="try" data-method="{method}" data-path="{prefix}{path}">{inputs}{body}
+<button class="primary">Send</button><output></output></form></details></article>
+"""  # noqa: E501
+
+
+def reference(prefix: str) -> tuple[str, str]:
+    """The reference for people and its policy: the OpenAPI document as a page."""
+    found = openapi(prefix)
+    described = [
+        describe_operation(prefix, method.upper(), path, told, found)
+        for path, methods in found["paths"].items()
+        if not re.match("/api/(?!v2/)", path)
+        for method, told in methods.items()
+    ]
+    text = DOCS_HTML.replace("$STYLE", PAGE_STYLE + DOCS_STYLE)
+    text = text.replace("$PREFIX", html.escape(prefix)).replace("$SCRIPT", DOCS_SCRIPT)
+    text = text.replace("$LINKS", "".join(link for link, _ in described))
+    text = text.replace("$ARTICLES", "".join(article for _, article in described))
+    return text.lstrip(), html_policy(PAGE_STYLE + DOCS_STYLE, DOCS_SCRIPT)
+
+
+def describe_operation(
+    prefix: str, method: str, path: str, told: Item, found: Item
+) -> tuple[str, str]:
+    """The link to an operation and its article."""
+    show = html.escape
+    rows, inputs, body, curl = "", "", "", f"curl -X {method} http://127.0.0.1:8080"
+    for each in told.get("parameters", ()):
+        name, where = show(each["name"]), each["in"]
+        about = show(each.get("description", ""))
+        rows += f"<tr><td><code>{name}</code><td>{where}<td>{about}"
+        value = show(str(each.get("example", ""))) if where == "path" else ""
+        inputs += f'<label class="field">{name}<input name="{name}" data-in="{where}"'
+        inputs += f' value="{value}"></label>'
+    content = told.get("requestBody", {}).get("content", {})
+    for media, sent in content.items():
+        text = json.dumps(sent.get("example"), ensure_ascii=False)
+        if media == JSON and not body:
+            pretty = show(json.dumps(sent["example"], indent=2, ensure_ascii=False))
+            body = '<label class="field">Body<textarea name="body" data-type="'
+            body += f'{media}">{pretty}</textarea></label>'
+            curl += f"{prefix}{path} -H 'Content-Type: {media}' -d '{text}'"
+    values = {"method": method, "path": show(path), "prefix": show(prefix)}
+    values.update(id=told["operationId"], summary=show(told.get("summary", "")))
+    curl = curl if body else f"{curl}{prefix}{path}"
+    answers = ", ".join(
+        f"{status} {show(answer_title(answer, found))}"
+        for status, answer in told["responses"].items()
+    )
+    article = DOCS_ARTICLE.format(
+        parameters=rows,
+        inputs=inputs,
+        body=body,
+        curl=show(curl),
+        answers=answers,
+        **values,
+    )
+    link = '<a href="#{id}"><span class="method">{method}</span> {path}</a>'
+    return link.format(**values), article
+
+
+def answer_title(answer: Item, found: Item) -> str:
+    name = answer.get("$ref", "").rpartition("/")[2]
+    told = found["components"]["responses"][name] if name else answer
+    return str(told["description"]).partition(":")[0]
 
 
 # ── Server ────────────────────────────────────────────────────────────────────────

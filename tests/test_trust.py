@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import email.utils
 import hashlib
 import http.client
 import io
@@ -356,7 +357,7 @@ def test_killed_at_any_moment_it_keeps_what_it_acknowledged(tmp_path):
         moment = moments.uniform(0, 0.3)
         timer = threading.Timer(moment, server.kill)
         timer.start()
-        in_threads(lambda writer: writer.run(server), writers)
+        in_threads(lambda writer: writer.run(server), writers)  # noqa: B023
         timer.join()
         there = collections.defaultdict(dict)
         copy = tmp_path / "copy.db"  # the log is left for the next server to recover
@@ -915,29 +916,28 @@ def ask(app, method, path, content=None):
     return told[0], b"".join(chunks)
 
 
-def lacks_a_column(path):
-    """Whether it looks like one from before a field was added; it will be given it."""
-    names = {"created", "updated", "name_fold", "mail_fold", "last_phone"}
-    tables = {"users": names, "user_phone": {"label"}, "user_address": {"street"}}
+def columns(path):
+    """The columns of the users and what is below them; nothing if that is broken."""
     try:
-        return any(
-            columns - {row[1] for row in rows(path, f"PRAGMA table_info({table})")}
-            for table, columns in tables.items()
-        )
+        return {
+            (table, row[1])
+            for table in ("users", "user_phone", "user_address")
+            for row in rows(path, f"PRAGMA table_info({table})")
+        }
     except (sqlite3.Error, UnicodeError):
-        return False
+        return set()
 
 
 @pytest.mark.slow
 def test_five_hundred_mutations(tmp_path, capsys):
-    origin = sound(tmp_path / "origin.db").read_bytes()
-    path, tally = tmp_path / "users.db", collections.Counter()
+    path, tally = sound(tmp_path / "users.db"), collections.Counter()
+    origin, wanted = path.read_bytes(), columns(path)
     for seed in range(500):
         for end in ("", "-wal", "-shm", "-journal"):
             Path(f"{path}{end}").unlink(missing_ok=True)
         data = mutate(origin, random.Random(seed))
         path.write_bytes(data)
-        seems_older = lacks_a_column(path)
+        seems_older = wanted - columns(path)  # then it is given the columns
         try:
             app = userapi.UserAPI(db=str(path), open=True)
         except userapi.Problem as problem:
@@ -965,7 +965,8 @@ def test_five_hundred_mutations(tmp_path, capsys):
             status, body = ask(app, method, place, content)
             assert status in (200, 201, 404, 409, 503), (seed, status, body)
         app.close()
-        assert userapi.main(["check", "--db", str(path)]) in (0, 1)
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert userapi.main(["check", "--db", str(path)]) in (0, 1)
         tally["served"] += 1
     assert "Traceback" not in capsys.readouterr().err
     assert tally["refused"] > 100 and tally["served"] > 20
@@ -1549,6 +1550,157 @@ def test_litestream_replicates_and_restores(tmp_path):
     assert {name for _, name, _ in rows(restored)} == set(names)
     assert_fives(restored)
     assert_whole(restored)
+
+
+# ---------------------------------------------------------------------------------
+# Time
+# ---------------------------------------------------------------------------------
+
+
+class Mixed:
+    """A client that does a bit of everything, for ever the same amount of it."""
+
+    def __init__(self, server, number):
+        self.random, self.number = random.Random(number), number
+        self.server, self.ids, self.serial = server, [], 0
+        self.client = Client(server)
+        self.statuses = collections.Counter()
+
+    def ask(self, *request, **headers):
+        answer = self.client(*request, Authorization="Bearer right", **headers)
+        assert answer.status < 500, answer
+        self.statuses[answer.status] += 1
+        return answer
+
+    def login_wrongly(self):
+        """From any of the addresses that this host has for itself."""
+        address = (
+            f"127.{self.random.randrange(1, 250)}.{self.number}.{self.serial % 250}"
+        )
+        client = Client(self.server, source=(address, 0))
+        answer = client("GET", "/user", Authorization="Bearer wrong")
+        assert answer.status in (401, 429)
+        self.statuses[answer.status] += 1
+        client.close()
+
+    def step(self):
+        self.serial += 1
+        name = f"{self.number} {self.serial}"
+        if not self.ids:
+            self.ids.append(self.ask("POST", "/user", user(name)).item["id"])
+        id, chance = self.random.choice(self.ids), self.random.random()
+        if chance < 0.35:
+            self.ask("GET", f"/user/{id}")
+        elif chance < 0.45:
+            self.ask("GET", f"/user?limit=20&q={self.serial % 100}")
+        elif chance < 0.60:
+            self.ask("PUT", f"/user/{id}", user(name, self.serial))
+        elif chance < 0.65:
+            self.ask("PATCH", f"/user/{id}", {"name": name}, If_Match='"1"')
+        elif chance < 0.70:
+            self.ask("POST", "/user", {"name": "", "mail": "x"})
+        elif chance < 0.73:
+            self.login_wrongly()
+        elif chance < 0.75:
+            self.ask("GET", "/changes?limit=10")
+        elif len(self.ids) < 60:
+            key = {"Idempotency_Key": f"{self.number}-{self.serial}"}
+            answer = self.ask("POST", "/user", user(name), **key)
+            self.ids.append(answer.item["id"])
+        else:
+            self.ids.remove(id)
+            self.ask("DELETE", f"/user/{id}")
+
+
+@pytest.mark.slow
+def test_a_soak(tmp_path):
+    """Memory, descriptors and the log stay what they are, whatever goes on."""
+    env = {"USERAPI_TOKEN": "right"}
+    path, samples = tmp_path / "users.db", []
+    with Server(path, "--keep-changes", "1000", env=env) as server:
+        clients = [Mixed(server, number) for number in range(8)]
+
+        def work(client):
+            for _ in range(SOAK // 8 // 10):
+                client.step()
+
+        for _ in range(10):
+            in_threads(work, clients)
+            samples.append((server.memory(), server.descriptors(), server.wal()))
+    memory, descriptors, wal = zip(*samples)
+    statuses = sum((client.statuses for client in clients), collections.Counter())
+    growth = max(memory[3:]) - max(memory[:3])
+    print(f"\n{statuses.total()} mixed requests: {dict(sorted(statuses.items()))}")
+    print(f"memory {[m // 1024 for m in memory]} KiB, grown {growth / MIB:.1f} MiB")
+    print(f"descriptors {descriptors}, log at most {max(wal) / MIB:.1f} MiB")
+    assert growth < 3 * MIB
+    assert max(descriptors[3:]) <= max(descriptors[:3]) + 2
+    assert max(wal) < 20 * MIB
+    ((changes, last),) = rows(path, "SELECT count(*), max(seq) FROM changes")
+    assert changes <= 1000 <= last
+    assert rows(path, "PRAGMA integrity_check") == [("ok",)]
+
+
+def find_faketime():
+    for folder in ("/usr/lib", "/usr/local/lib"):
+        for path in Path(folder).glob("**/faketime/libfaketime.so.1"):
+            return path
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hours", [1, -1])
+def test_the_clock_jumps(tmp_path, hours):
+    library = find_faketime()
+    if library is None:
+        pytest.skip("libfaketime is not installed")
+    offset, path = tmp_path / "offset", tmp_path / "users.db"
+    offset.write_text("+0\n")
+    env = {
+        "LD_PRELOAD": str(library),
+        "FAKETIME_TIMESTAMP_FILE": str(offset),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "USERAPI_TOKEN": "right",
+    }
+    token, key = {"Authorization": "Bearer right"}, {"Idempotency_Key": "a"}
+    with Server(path, env=env) as server:
+        client = Client(server)
+        first = client("POST", "/user", user("first"), **token, **key)
+        for _ in range(12):
+            answer = client("GET", "/user", Authorization="Bearer wrong")
+        assert answer.status == 429
+        head = "GET /api/changes HTTP/1.1\r\nHost: localhost\r\n"
+        head += "Authorization: Bearer right\r\nAccept: text/event-stream\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", server.port), 30) as stream:
+            stream.sendall(head.encode())
+            events = stream.makefile("rb")
+            wait_for(lambda: events.readline().startswith(b"id: 1"), "an event")
+            offset.write_text(f"{hours:+}h\n")
+
+            def moved():
+                date = client("GET", "/user", **token).headers["Date"]
+                then = email.utils.parsedate_to_datetime(date).timestamp()
+                return abs(then - time.time() - hours * 3600) < 600
+
+            wait_for(moved, "the jump")
+            for number in range(100):
+                assert client("POST", "/user", user("x", number), **token).status == 201
+            again = client("POST", "/user", user("first"), **token, **key)
+            assert again.body == first.body
+            assert again.headers["Idempotency-Replayed"] == "true"
+            wait_for(lambda: events.readline().startswith(b"id: 101"), "the last event")
+        version = client("GET", "/user/1", **token).headers["ETag"]
+        answer = client("PUT", "/user/1", user("new"), If_Match=version, **token)
+        assert answer.status == 200
+        assert client("GET", "/user", Authorization="Bearer wrong").status in (401, 429)
+        changes = client("GET", "/changes", **token).body["results"]
+        assert [change["seq"] for change in changes] == list(range(1, 103))
+        times = [change["at"] for change in changes]
+        assert (times == sorted(times)) == (hours > 0)
+        offset.write_text("+0\n")
+        assert client("GET", "/user?sort=-updated&limit=5", **token).status == 200
+    assert_whole(path)
 
 
 # ---------------------------------------------------------------------------------
