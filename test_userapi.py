@@ -463,6 +463,8 @@ def serving(
     try:
         line = process.stderr.readline()
         found = re.search(r"(https?://|unix:)\S+", line)
+        if not found:
+            process.kill()
         assert found, line + process.stderr.read()
         yield process, found.group(), line
         if process.poll() is None:
@@ -798,12 +800,24 @@ REPEATABLE = settings(derandomize=True, deadline=None, max_examples=150, databas
 )
 def test_any_name(scratch, text):
     kept = kept_name(text)
-    answer = scratch(
-        "POST /api/user?dry_run=true", {"item": {"name": text, "mail": "a@b"}}
-    )
+    item = {"name": text, "mail": "a@b"}
+    answer = scratch("POST /api/user?dry_run=true", {"item": item})
     assert answer.status_int == (422 if kept is None else 201)
     if kept is not None:
         assert answer.json["results"][0]["name"] == kept
+    assert taken_by_an_import(scratch, item) == (kept is not None)
+
+
+def taken_by_an_import(client: Client, item: Any) -> bool:
+    """Whether an import takes the item, alone and among others that are fine."""
+    alone, fine = json.dumps(item) + "\n", json.dumps(GRACE) + "\n"
+    answers = [
+        client("POST /api/user?dry_run=true", text, {AS: "application/x-ndjson"})
+        for text in (alone, fine + alone + fine)
+    ]
+    taken = [answer.status_int in (200, 201) for answer in answers]
+    assert taken[0] == taken[1]
+    return taken[0]
 
 
 HTML_MAIL = re.compile(
@@ -821,12 +835,12 @@ HTML_MAIL = re.compile(
 )
 def test_any_mail(scratch, mail):
     good = HTML_MAIL.fullmatch(mail) and len(mail) <= 254 and mail.index("@") <= 64
-    answer = scratch(
-        "POST /api/user?dry_run=true", {"item": {"name": "A", "mail": mail}}
-    )
+    item = {"name": "A", "mail": mail}
+    answer = scratch("POST /api/user?dry_run=true", {"item": item})
     assert answer.status_int == (201 if good else 422)
     if good:
         assert answer.json["results"][0]["mail"] == mail
+    assert taken_by_an_import(scratch, item) == bool(good)
 
 
 # --- strict JSON
@@ -2803,7 +2817,6 @@ IMPORTS = [
         options={"unique_mail": True}),
     csv_in("name,mail\nA,a@b\nB,A@b\n", MADE, counts(1, 0, 1), query="?conflict=skip",
         options={"unique_mail": True}),
-    Row("POST /api/user?conflict=skip", 400, "conflict", body={"item": GRACE}),
     ndjson_in({"id": 5, **GRACE}, ADA, status=MADE, has=counts(created=2)),
     ndjson_in({**GRACE, "phone": [MOBILE]}, status=MADE, has=counts(created=1)),
     ndjson_in("", GRACE, "  ", status=MADE, has=counts(created=1)),
@@ -2934,6 +2947,26 @@ CELLS = [
     ("null", "a@b"),
     ("\u200b=1", "a@b"),
 ]
+
+
+def test_an_import_keeps_and_refuses_the_same_values(client):
+    """All good ones in one file, with what they become; each bad one by its line."""
+    good = [{"name": sent, "mail": "a@b"} for sent, _ in NAMES]
+    good += [{"name": "A", "mail": mail} for mail in MAILS]
+    text = "".join(json.dumps(item) + "\n" for item in good)
+    made = client("POST /api/user", text, SENT_NDJSON)
+    assert made.json["created"] == len(good)
+    users = client("GET /api/user").json["results"][4:]
+    assert [user["name"] for user in users[: len(NAMES)]] == [kept for _, kept in NAMES]
+    assert [user["mail"] for user in users[len(NAMES) :]] == MAILS
+    bad = [{"name": name, "mail": "a@b"} for name in BAD_NAMES + NOT_TEXTS]
+    bad += [{"name": "A", "mail": mail} for mail in BAD_MAILS + NOT_TEXTS]
+    bad += [{"id": number, **GRACE} for number in BAD_IDS]
+    text = "".join(json.dumps(GRACE) + "\n" + json.dumps(item) + "\n" for item in bad)
+    row = Row("", 422, lines(*range(2, 2 * len(bad) + 1, 2)))
+    assert len(bad) <= 100
+    check(client("POST /api/user", text, SENT_NDJSON), row)
+    assert len(client.users()) == 4 + len(good)
 
 
 def csv_cell(value: str) -> str:
@@ -3583,7 +3616,7 @@ def test_on_change_is_called_after_the_commit(db):
 DOCUMENTS = [
     Row("GET /openapi.json", 200, (kind("application/json"), '"openapi": "3.1')),
     Row("GET /postman.json", 200, (kind("application/json"), "/v2.1.0/collection")),
-    Row("GET /docs", 200, (kind("text/html"), "/api/user")),
+    Row("GET /docs", 200, (kind("text/html"), "curl", "/user")),
     Row("GET /", 200, (kind("text/html"), "<!doctype html>"), "unsafe-inline"),
     Row("GET /favicon.ico", 404),
 ]  # fmt: skip

@@ -512,7 +512,7 @@ USER = Shape(
                 "minLength": 1,
                 "maxLength": 200,
                 "if": {"pattern": PLAIN_NAME},
-                "else": {"pattern": NAME},
+                "else": {"$ref": "#/x-patterns/name"},
             },
             "Simone Giertz",
             required=True,
@@ -862,6 +862,11 @@ def member_sql(field: Field) -> str:
             f" FROM user_{shape.name} AS r WHERE r.user_id = users.user_id), '[]')"
         )
     return field.column if field.schema is ID else text_sql(field.column)
+
+
+def cell_sql(field: Field) -> str:
+    """The SQL of a user's member as it stands in CSV; a list is JSON there."""
+    return member_sql(field) if field.rows else f"CAST({field.column} AS TEXT)"
 
 
 @functools.lru_cache(maxsize=256)
@@ -2201,7 +2206,11 @@ PARAMS = {
         ),
         Param(
             "after",
-            {"type": ["string", "null"], "pattern": r"^(?=\p{Any})[A-Za-z0-9_-]+$"},
+            {
+                "type": ["string", "null"],
+                "if": {"type": "null"},
+                "else": {"$ref": "#/x-patterns/cursor"},
+            },
             "The cursor out of `next`.",
             read_cursor,
         ),
@@ -2227,10 +2236,10 @@ PARAMS = {
             "conflict",
             {
                 "type": "string",
-                "if": {"const": "fail"},
-                "else": {"pattern": r"^(?=\p{Any})(?:skip|replace)$"},
+                "enum": ["fail", "skip", "replace"],
+                "default": "fail",
             },
-            "What an import does with an id that is taken.",
+            "What is done about an id that is taken.",
             read_choice("fail", "skip", "replace"),
         ),
         Param("dry_run", BOOL, "Do everything but keep it.", read_bool),
@@ -2367,17 +2376,16 @@ class Call:
         """A path below this call's API version, as the client reaches it."""
         return f"{self.prefix}{self.base}{path}"
 
-    def fields(self, allowed: Sequence[str]) -> tuple[str, ...]:
-        """The members to show: all that are allowed, or those of `fields`."""
+    def fields(self) -> tuple[str, ...]:
+        """The members to show: those of `fields`, else the view's, or CSV's columns."""
         wanted = self.params.get("fields")
         if wanted is None:
-            return tuple(allowed)
+            return CSV_MEMBERS if self.media == CSV else self.members
         names = wanted.split(",")
-        wrong = [name for name in names if name not in allowed]
-        if wrong:
-            detail = f"takes {', '.join(allowed)}"
+        if not set(names) <= set(self.members):
+            detail = f"takes {', '.join(self.members)}"
             raise bad_query([{"parameter": "fields", "detail": detail}])
-        return tuple(name for name in allowed if name in names)
+        return tuple(name for name in self.members if name in names)
 
     def check_version(self, version: int) -> None:
         """The preconditions of a write of one user (RFC 9110 §13). Problem 412."""
@@ -2676,8 +2684,7 @@ def read_pages(
     """Users in the form that this format's chunks are made of."""
     select = view_sql(members)
     if media == CSV:
-        columns = [USER.by_name[name].column for name in members]
-        select = ", ".join(f"CAST({column} AS TEXT)" for column in columns)
+        select = ", ".join(cell_sql(USER.by_name[name]) for name in members)
     return store.pages(select, query, JOINTS[media])
 
 
@@ -2714,7 +2721,7 @@ def list_users(call: Call) -> Answer:
             detail = "is a cursor of another sort"
             raise bad_query([{"parameter": "after", "detail": detail}])
         after = params["after"][1:]
-    members = call.fields(CSV_MEMBERS if call.media == CSV else call.members)
+    members = call.fields()
     filters = (params.get(name) for name in ("q", "name", "mail", "id"))
     query = Query(*filters, sort, after, limit)  # type: ignore[call-arg,arg-type]
     seq, headers = call.store.last_seq(), Headers()
@@ -2784,11 +2791,7 @@ def next_uri(call: Call, query: Query, page: Page) -> str | None:
 )
 def get_user(call: Call) -> Answer:
     """One user."""
-    id, members = call.args["id"], call.members
-    if call.media == CSV:
-        members = CSV_MEMBERS
-    if call.params:
-        members = call.fields(members)
+    id, members = call.args["id"], call.fields()
     if call.media == JSON:
         found = call.store.show_user(id, members)
         if found is None:
@@ -2824,12 +2827,11 @@ def create_user(call: Call) -> Answer:
             most=call.app.settings.max_items,
         )
         return Answer(done(**counts), status=201)
-    if call.params.get("conflict", "fail") != "fail":
-        fault = {"parameter": "conflict", "detail": "goes with CSV and NDJSON"}
-        raise bad_query([fault])
     items, one = read_items(call)
-    saved = call.store.save_users(items, "create", call.members)
-    return shown(call, saved.created, 201, one)
+    conflict = call.params.get("conflict", "fail")
+    saved = call.store.save_users(items, "create", call.members, conflict=conflict)
+    ids = [*saved.created, *saved.replaced]
+    return shown(call, ids, 201, one and len(ids) == 1)
 
 
 def change_users(call: Call, how: str) -> Answer:

@@ -1659,7 +1659,7 @@ def test_the_clock_jumps(tmp_path, hours):
     env = {
         "LD_PRELOAD": str(library),
         "FAKETIME_TIMESTAMP_FILE": str(offset),
-        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_CACHE_DURATION": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         "USERAPI_TOKEN": "right",
     }
@@ -1675,7 +1675,8 @@ def test_the_clock_jumps(tmp_path, hours):
         with socket.create_connection(("127.0.0.1", server.port), 30) as stream:
             stream.sendall(head.encode())
             events = stream.makefile("rb")
-            wait_for(lambda: events.readline().startswith(b"id: 1"), "an event")
+            while events.readline() != b"id: 1\n":
+                pass
             offset.write_text(f"{hours:+}h\n")
 
             def moved():
@@ -1684,18 +1685,19 @@ def test_the_clock_jumps(tmp_path, hours):
                 return abs(then - time.time() - hours * 3600) < 600
 
             wait_for(moved, "the jump")
-            for number in range(100):
+            for number in range(30):
                 assert client("POST", "/user", user("x", number), **token).status == 201
             again = client("POST", "/user", user("first"), **token, **key)
             assert again.body == first.body
             assert again.headers["Idempotency-Replayed"] == "true"
-            wait_for(lambda: events.readline().startswith(b"id: 101"), "the last event")
+            while events.readline() != b"id: 31\n":
+                pass
         version = client("GET", "/user/1", **token).headers["ETag"]
         answer = client("PUT", "/user/1", user("new"), If_Match=version, **token)
         assert answer.status == 200
         assert client("GET", "/user", Authorization="Bearer wrong").status in (401, 429)
         changes = client("GET", "/changes", **token).body["results"]
-        assert [change["seq"] for change in changes] == list(range(1, 103))
+        assert [change["seq"] for change in changes] == list(range(1, 33))
         times = [change["at"] for change in changes]
         assert (times == sorted(times)) == (hours > 0)
         offset.write_text("+0\n")
