@@ -3690,12 +3690,12 @@ def shown_schema(shape: Shape, view: str) -> Item:
 
 def unlike(shape: Shape, view: str, how: str) -> Item:
     """A list of items whose ids differ, which JSON Schema cannot say: see PATTERNS."""
-    name = shape.columns[-1].name
-    untold = {
-        "items": {"properties": {name: UNTOLD["any"]}, "propertyNames": UNTOLD["any"]}
-    }
+    untold = {"properties": {shape.columns[-1].name: UNTOLD["any"]}}
+    if how == "Create":
+        untold = {"anyOf": [{"not": {"required": ["id"]}}, untold]}
     listed = ref("schemas", schema_name(shape, view, how))
-    return {"type": "array", "items": listed, "if": {"maxItems": 1}, "else": untold}
+    schema = {"type": "array", "items": listed, "if": {"maxItems": 1}}
+    return {**schema, "else": {"uniqueItems": how != "Create", "items": untold}}
 
 
 def item_schema(shape: Shape, view: str, how: str) -> Item:
@@ -4681,6 +4681,7 @@ ALONE = frozenset(("HTTP_HOST", "CONTENT_LENGTH", "CONTENT_TYPE", "HTTP_AUTHORIZ
 READ_SIZE = 256 * 1024  # bytes that a connection may have read ahead
 WAKE = 0.2  # seconds after which a stream that had nothing is asked again
 SLOW_SYNC = 0.002  # seconds from which on a commit is given to a thread
+BURST = 32  # requests of one connection that are answered in one turn
 GRACE = 5  # seconds that are left to what was begun when the server is told to stop
 DRAIN = 1  # seconds for which the rest of a refused request is read and dropped
 
@@ -4810,33 +4811,40 @@ class Connection(asyncio.Protocol):
     # Requests
 
     def work(self) -> None:
-        """Answer the requests that have arrived, one after the other."""
-        while self.buffer or self.body is not None:
-            if self.busy or self.closing or self.paused:
-                return
-            try:
-                whole = self.read_head() if self.environ is None else True
-                whole = whole and self.read_body()
-            except Problem as problem:
-                self.refuse(problem)
-                return
-            if not whole:
+        """Answer the requests that have arrived, in order; many in several turns."""
+        for _ in range(BURST):
+            if not self.buffer or self.busy or self.closing or self.paused:
                 break
-            environ, self.environ = self.environ, None
-            body, self.body = self.body, None
-            assert environ is not None
-            if body is not None:
-                environ["CONTENT_LENGTH"] = str(len(body))
-                environ["wsgi.input"] = io.BytesIO(body)
-            self.busy = True
-            if environ["REQUEST_METHOD"] in SAFE or not self.server.group:
-                self.answer(environ, self.call(environ))
-            else:
-                self.server.enqueue(self, environ)
-        if self.ended and not self.busy:
+            if not self.answer_next():
+                break
+        else:
+            self.server.loop.call_soon(self.work)
+            return
+        if self.ended and not self.busy and not self.paused:
             self.transport.close()
         elif self.full and not self.busy:
             self.read_on()
+
+    def answer_next(self) -> bool:
+        """Answer the next request; False while it is not all there, or is refused."""
+        try:
+            if self.environ is None and not self.read_head() or not self.read_body():
+                return False
+        except Problem as problem:
+            self.refuse(problem)
+            return False
+        environ, self.environ = self.environ, None
+        body, self.body = self.body, None
+        assert environ is not None
+        if body is not None:
+            environ["CONTENT_LENGTH"] = str(len(body))
+            environ["wsgi.input"] = io.BytesIO(body)
+        self.busy = True
+        if environ["REQUEST_METHOD"] in SAFE or not self.server.group:
+            self.answer(environ, self.call(environ))
+        else:
+            self.server.enqueue(self, environ)
+        return True
 
     def read_on(self) -> None:
         self.full = False
@@ -4894,7 +4902,7 @@ class Connection(asyncio.Protocol):
         if host is not None and not HOST.fullmatch(host):
             raise Problem(400, "Host is malformed")
         told = environ.get("HTTP_CONNECTION", "")
-        tokens = told.lower().replace(" ", "").split(",") if told else ()
+        tokens = [token.strip() for token in told.lower().split(",")] if told else ()
         keep = "close" not in tokens and (modern or "keep-alive" in tokens)
         environ["userapi.keep"] = keep
         self.environ = environ

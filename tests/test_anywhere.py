@@ -254,7 +254,7 @@ def running(command, pattern, log, env=None, cwd=None):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         try:
-            process.wait(20)
+            process.wait(8)
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -1062,7 +1062,7 @@ def test_served_by_another_server(make, tmp_path, server):
     log = tmp_path / "server.log"
     with running(command, pattern, log, env, cwd=folder) as (_, match):
         check_a_served_application(int(match[1]))
-    assert "Traceback" not in log.read_text("utf-8", "replace")
+        assert "Traceback" not in log.read_text("utf-8", "replace")
 
 
 def test_every_setting_comes_from_the_environment(tmp_path, monkeypatch):

@@ -39,7 +39,8 @@ HEAD = [
 JSON = [
     b"{", b"}", b"[", b"]", b'"a"', b'"\\ud800"', b"\\u0000", b":", b",", b"1",
     b"1e400", b"-0", b"NaN", b"Infinity", b"true", b"null", b"9" * 31, b"1.5", b'"',
-    b"\\", b"\xff", b" ", b'{"item": ', b'"name": "Ada"', b"[" * 40, b'{"a":' * 40, b"\xef\xbb\xbf",
+    b"\\", b"\xff", b" ", b'{"item": ', b'"name": "Ada"', b"[" * 40, b'{"a":' * 40,
+    b"\xef\xbb\xbf",
 ]  # fmt: skip
 CSV = [
     b"id,name,mail", b"name,mail,id", b"\r\n", b"\n", b"\r", b",", b'"', b'""', b"1",
