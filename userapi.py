@@ -4752,6 +4752,7 @@ class Connection(asyncio.Protocol):
         self.missing = 0  # bytes of the body, or of the chunk, that are to come
         self.chunked = False
         self.busy = False  # a request is being answered
+        self.working = False  # requests are being read, or will be in the next turn
         self.closing = False  # no further request will be read
         self.paused = False  # the client does not take what is written
         self.ended = False  # the client will send no more
@@ -4785,7 +4786,7 @@ class Connection(asyncio.Protocol):
         if self.closing:
             return
         self.buffer = self.buffer + data if self.buffer else data
-        if self.busy or self.paused:
+        if self.busy or self.paused or self.working:
             if len(self.buffer) > READ_SIZE:
                 self.full = True
                 self.transport.pause_reading()
@@ -4794,7 +4795,7 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self.ended = True
-        if not self.busy and not self.paused:
+        if not self.busy and not self.paused and not self.working:
             self.work()
         return self.can_half_close()
 
@@ -4812,6 +4813,7 @@ class Connection(asyncio.Protocol):
 
     def work(self) -> None:
         """Answer the requests that have arrived, in order; many in several turns."""
+        self.working = True
         for _ in range(BURST):
             if not self.buffer or self.busy or self.closing or self.paused:
                 break
@@ -4820,10 +4822,12 @@ class Connection(asyncio.Protocol):
         else:
             self.server.loop.call_soon(self.work)
             return
+        self.working = False
         if self.ended and not self.busy and not self.paused:
             self.transport.close()
-        elif self.full and not self.busy:
-            self.read_on()
+        elif self.full and not self.busy and len(self.buffer) < READ_SIZE:
+            self.full = False
+            self.transport.resume_reading()
 
     def answer_next(self) -> bool:
         """Answer the next request; False while it is not all there, or is refused."""
@@ -4846,9 +4850,6 @@ class Connection(asyncio.Protocol):
             self.server.enqueue(self, environ)
         return True
 
-    def read_on(self) -> None:
-        self.full = False
-        self.transport.resume_reading()
 
     def read_head(self) -> bool:
         """Take a head out of the buffer; False while it is not all there."""
@@ -5110,10 +5111,8 @@ class Connection(asyncio.Protocol):
             self.hang_up()
         elif self.server.stopping or self.ended and not self.buffer:
             self.transport.close()
-        elif self.buffer:
+        elif not self.working:
             self.server.loop.call_soon(self.work)
-        elif self.full:
-            self.read_on()
 
     def refuse(self, problem: Problem) -> None:
         """Answer a request that cannot be read further, and close."""

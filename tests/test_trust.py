@@ -376,6 +376,44 @@ def test_killed_at_any_moment_it_keeps_what_it_acknowledged(tmp_path):
     print(f"\n{KILLS} kills under {len(writers)} writers: {total} acknowledged, 0 lost")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("beside", ["alone", "beside a server"])
+def test_an_import_that_is_killed_has_done_all_or_nothing(tmp_path, beside):
+    """As many users as are created with the indexes made last, and then fewer."""
+    path, choose = tmp_path / "users.db", random.Random(6)
+    sound(path, 10)
+    whole, count = schema(path), collections.Counter()
+    for size, kills in ((30_000, 4), (3_000, 5)):
+        source = tmp_path / f"{size}.ndjson"
+        lines = [json.dumps({"name": f"{n}", "mail": f"{n}@b.c"}) for n in range(size)]
+        source.write_text("\n".join(lines))
+        argv = [sys.executable, USERAPI, "import", source, "--db", path]
+        for turn in range(kills + 1):
+            before = len(rows(path))
+            with contextlib.ExitStack() as stack:
+                if beside != "alone":
+                    server = stack.enter_context(Server(path))
+                process = subprocess.Popen(
+                    [str(part) for part in argv], env=CLEAN, stdout=subprocess.DEVNULL
+                )
+                limit = choose.uniform(0.1, size / 25_000) if turn < kills else 100
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(limit)
+                process.kill()
+                done = process.wait(20) == 0
+                count[done] += 1
+                if beside != "alone":
+                    accepted_by(Client(server), "POST", "/user", user("beside"))
+                    before += 1
+            assert len(rows(path)) in (
+                (before + size,) if done else (before, before + size)
+            )
+            assert schema(path) == whole
+        assert done
+    assert count[False] > 1
+    assert_whole(path)
+
+
 def history(path, steps=40):
     """Write a history whose every state is known; the database stays open, so that
     its write-ahead log stays where it is."""
@@ -404,8 +442,9 @@ def history(path, steps=40):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tail", [False, True], ids=["cut", "with a random tail"])
-def test_wherever_the_log_breaks_off_a_prefix_of_history_is_left(tmp_path, tail):
-    origin = tmp_path / "origin.db"
+def test_wherever_the_log_breaks_off_a_prefix_of_history_is_left(disk, tail):
+    folder = disk("64m")
+    origin = folder / "origin.db"
     store, keep, states = history(origin)
     log, main = Path(f"{origin}-wal").read_bytes(), origin.read_bytes()
     keep.close()
@@ -415,7 +454,7 @@ def test_wherever_the_log_breaks_off_a_prefix_of_history_is_left(tmp_path, tail)
     edges = [edge + n for edge in frames for n in (-1, 0, 1) if edge + n <= len(log)]
     offsets = choose.sample(edges, min(len(edges), 300)) + [0, 31, 32, len(log)]
     offsets += [choose.randrange(len(log)) for _ in range(1000 - len(offsets))]
-    path = tmp_path / "users.db"
+    path = folder / "users.db"
     for offset in sorted(offsets):
         rest = choose.randbytes(choose.randrange(1, 9000)) if tail else b""
         path.write_bytes(main)
@@ -682,6 +721,33 @@ def test_an_import_without_room_leaves_nothing(disk):
     assert_whole(path)
 
 
+def test_an_export_without_room_leaves_nothing(disk):
+    folder = disk("128k")
+    path = sound(Path(f"{folder}.db"), 12_000)
+    for name in ("users.csv", "users.ndjson", "users.json"):
+        done = run("export", folder / name, "--db", path)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), (
+            done
+        )
+        assert list(folder.iterdir()) == []
+    with open("/dev/full", "w") as full:
+        done = run("export", "--db", path, capture_output=False, stdout=full, stderr=-1)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done
+
+
+def test_an_upgrade_without_room_leaves_the_old(disk):
+    folder = disk("1m")
+    path = kept(0, folder / "users.db")
+    before = everything(path), schema(path)
+    fill(folder / "filler")
+    done = run("serve", "--db", path, "--port", "0")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done
+    assert (everything(path), schema(path)) == before
+    os.remove(folder / "filler")
+    with Server(path, output=f"{folder}.output") as server:
+        assert len(Client(server)("GET", "/user").body["results"]) == len(rows(path))
+
+
 @pytest.mark.slow
 def test_a_start_on_a_full_disk(disk):
     """After a power cut on a full disk: what was acknowledged is served."""
@@ -929,8 +995,8 @@ def columns(path):
 
 
 @pytest.mark.slow
-def test_five_hundred_mutations(tmp_path, capsys):
-    path, tally = sound(tmp_path / "users.db"), collections.Counter()
+def test_five_hundred_mutations(disk, capsys):
+    path, tally = sound(disk("64m") / "users.db"), collections.Counter()
     origin, wanted = path.read_bytes(), columns(path)
     for seed in range(500):
         for end in ("", "-wal", "-shm", "-journal"):
@@ -971,6 +1037,30 @@ def test_five_hundred_mutations(tmp_path, capsys):
     assert "Traceback" not in capsys.readouterr().err
     assert tally["refused"] > 100 and tally["served"] > 20
     print(f"\n500 mutations: {dict(tally)}, none changed, no fault unknown")
+
+
+@pytest.mark.parametrize("how", ["moved away", "replaced"])
+def test_a_file_that_is_taken_away(tmp_path, how):
+    """What is written then would be acknowledged, and gone after the next start."""
+    path, other = tmp_path / "users.db", sound(tmp_path / "other.db", 5)
+    with Server(path) as server:
+        client = Client(server)
+        client("POST", "/user", user("first"))
+        path.rename(tmp_path / "away.db")
+        if how == "replaced":
+            other.rename(path)
+        for request in (
+            ("POST", "/user", user("lost")),
+            ("PUT", "/user/1", user("lost")),
+            ("DELETE", "/user/1"),
+        ):
+            assert client(*request).status == 503
+        if how == "replaced":
+            path.rename(other)
+        (tmp_path / "away.db").rename(path)
+        accepted_by(client, "POST", "/user", user("second"))
+    assert [name for _, name, _ in rows(path)] == ["first", "second"]
+    assert_whole(path)
 
 
 #: root reads and writes what it likes; without these two it is like anyone else
@@ -1256,7 +1346,7 @@ def test_a_key_creates_once_whatever_happens(tmp_path):
 def test_a_power_cut_between_a_key_and_its_answer(tmp_path):
     """The client repeats what it got no answer to: it is done once."""
     path, choose, names = tmp_path / "users.db", random.Random(2), []
-    for turn in range(15):
+    for turn in range(8):
         server = Server(path)
         threading.Timer(choose.uniform(0, 0.15), server.kill).start()
         client = Client(server)
