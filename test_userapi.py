@@ -2139,8 +2139,6 @@ def test_a_deleted_user_takes_everything_along(client):
     assert client("POST /api/user", {"item": CHAN}).status_int == 201
     for kind_ in ("phone", "address"):
         assert client(f"GET /api/user/3/{kind_}").json == {"results": []}
-        made = client(f"POST /api/user/3/{kind_}", {"item": {**OFFICE, **MOBILE}})
-        assert made.status_int == 422
 
 
 def test_bulk_delete_deletes_exactly_these(client):
@@ -4254,14 +4252,11 @@ def test_an_import_knows_its_format(command, client, tmp_path, name):
     }
 
 
-@pytest.mark.parametrize("name", ["out.csv", "out.ndjson", "out.json"])
-def test_an_export_is_what_its_name_says(command, client, tmp_path, name):
-    assert command("export", tmp_path / name)[0] == 0
-    end = name.rpartition(".")[2]
-    version = "/v2" if end == "ndjson" else ""
-    text = client(f"GET /api{version}/user?format={end}").body
-    if end != "json":
-        assert (tmp_path / name).read_bytes() == text
+@pytest.mark.parametrize("end", ["csv", "ndjson", "json"])
+def test_an_export_is_what_its_name_says(command, tmp_path, end):
+    assert command("export", tmp_path / f"out.{end}")[0] == 0
+    assert command("export", tmp_path / "out", "--format", end)[0] == 0
+    assert (tmp_path / f"out.{end}").read_bytes() == (tmp_path / "out").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -997,6 +997,7 @@ class Store:
         self._group_thread = 0
         self._group_fault: Problem | None = None
         self._group_changes: list[Item] = []
+        self._identity: tuple[int, int] | None = None
         self._touched: dict[str, str] = {}
         self._has_tokens = False, 0.0
         self._low = False  # little room is left: look at each write
@@ -1007,6 +1008,7 @@ class Store:
         except DATABASE_FAULTS as fault:
             raise database_problem(fault) from fault
         if not self.memory:
+            self._file_size()
             self.close()
 
     # Opening
@@ -1262,7 +1264,7 @@ class Store:
             if not keep:
                 db.execute("ROLLBACK TO request")
             elif self._low and not scope.frees:
-                self._require_room(db)
+                self._require_room(db, self._file_size())
             db.execute("RELEASE request")
             self._group_changes += scope.changes if keep else []
         else:  # SQLite rolled the whole group back
@@ -1272,8 +1274,9 @@ class Store:
         """Commit if there is room for it or it frees some, else roll back and raise."""
         try:
             if keep and db.in_transaction:
+                size = self._file_size()
                 if not frees:
-                    self._require_room(db)
+                    self._require_room(db, size)
                 db.execute("COMMIT")
         except sqlite3.Error:
             self._overwrite_log(db)
@@ -1310,7 +1313,20 @@ class Store:
             whole = min(whole, limit)
         return room - min(SPARE, whole // 3)
 
-    def _require_room(self, db: sqlite3.Connection) -> None:
+    def _file_size(self) -> int:
+        """The size of the database's file, which must be the one that was opened."""
+        if self.memory:
+            return 0
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            raise busy("the database's file is gone", 5) from None
+        if self._identity not in (None, (found.st_dev, found.st_ino)):
+            raise busy("the database's file was replaced: start again", 60)
+        self._identity = found.st_dev, found.st_ino
+        return found.st_size
+
+    def _require_room(self, db: sqlite3.Connection, size: int) -> None:
         """Refuse new pages if a checkpoint would find no room for them: Problem 507.
 
         They stand in the log first, hence twice. What adds no page passes, so that
@@ -1319,8 +1335,8 @@ class Store:
         if self.memory:
             return
         ((pages,),) = db.execute("PRAGMA page_count")
-        ((size,),) = db.execute("PRAGMA page_size")
-        growth = pages * size - os.path.getsize(self.path)
+        ((page_size,),) = db.execute("PRAGMA page_size")
+        growth = pages * page_size - size
         if growth > 0 and self._room() < 2 * growth:
             raise Problem(507, DISK_FULL, headers=[("Retry-After", "5")])
 
@@ -3221,7 +3237,7 @@ class Guard:
         token = settings.token.encode()
         self.digest = hashlib.sha256(token).digest() if token else None
         self.trusted = read_networks(settings.trusted_proxy)
-        self.failures: dict[str, collections.deque[float]] = {}
+        self.failures: dict[str, list[float]] = {}
 
     @property
     def configured(self) -> bool:
@@ -3285,15 +3301,15 @@ class Guard:
     def failed(self, address: str) -> Problem:
         """A wrong token: 401, or 429 after ten in a minute from one address."""
         now = time.monotonic()
-        times = self.failures.setdefault(address, collections.deque(maxlen=10))
-        if len(times) == 10 and now - times[0] < 60:
-            wait = str(int(60 - (now - times[0])) + 1)
-            return Problem(
-                429, "too many wrong tokens", headers=[("Retry-After", wait)]
-            )
-        times.append(now)
-        while len(self.failures) > 10_000:
+        times = [at for at in self.failures.pop(address, ()) if now - at < 60]
+        tried = len(times)
+        self.failures[address] = times  # at the end, so that the eldest stands first
+        if len(self.failures) > 1000:
             self.failures.pop(next(iter(self.failures)), None)
+        if tried >= 10:
+            after = [("Retry-After", str(int(61 - (now - times[0]))))]
+            return Problem(429, "too many wrong tokens", headers=after)
+        times.append(now)
         return Problem(401, "the token is wrong", headers=CHALLENGE)
 
     def refuse_cross_site(self, call: Call) -> None:
@@ -3439,8 +3455,8 @@ class UserAPI:
             answer = self.respond(call)
         except Problem as problem:
             answer = problem_answer(problem)
-        except Exception:
-            answer = problem_answer(self.report(environ))
+        except Exception as fault:
+            answer = problem_answer(self.report(environ, fault))
         name = call.operation.name if call.operation else "none"
         self.metrics.note(name, answer.status, time.perf_counter() - began)
         body, headers = answer.body, [*answer.headers, *COMMON, *self.vary]
@@ -3562,10 +3578,11 @@ class UserAPI:
         pairs.append(("Idempotency-Replayed", "true"))
         return Answer(body, pairs, status=status)
 
-    def report(self, environ: Environ) -> Problem:
+    def report(self, environ: Environ, fault: BaseException) -> Problem:
         """Log an unknown fault under an id, and name that id to the client."""
         id = os.urandom(6).hex()
-        told = f"userapi: fault {id}\n{traceback.format_exc()}"
+        trace = traceback.format_exception(type(fault), fault, fault.__traceback__)
+        told = f"userapi: fault {id}\n{''.join(trace)}"
         with contextlib.suppress(Exception):
             environ["wsgi.errors"].write(told)
             environ["wsgi.errors"].flush()
@@ -5258,8 +5275,8 @@ class Connection(asyncio.Protocol):
             return
         try:
             chunk = next(self.stream, None)
-        except Exception:
-            self.server.app.report(self.streamed)
+        except Exception as fault:
+            self.server.app.report(self.streamed, fault)
             self.transport.abort()  # the client must see that it is not whole
             return
         if chunk and self.room >= 0:  # never more than was announced
@@ -5470,7 +5487,9 @@ class Server:
 
     def failed(self, fault: BaseException, environ: Environ) -> Given:
         """The answer where a problem came up outside of the application."""
-        problem = fault if isinstance(fault, Problem) else self.app.report(environ)
+        problem = (
+            fault if isinstance(fault, Problem) else self.app.report(environ, fault)
+        )
         body, more = problem.body(), [("Content-Security-Policy", POLICY)]
         more.append(("Content-Type", PROBLEM_JSON))
         more.append(("Content-Length", str(len(body))))
@@ -5928,11 +5947,16 @@ def run_export(store: Store, given: Item) -> int:
             sys.stdout.buffer.write(chunk)
         sys.stdout.buffer.flush()
     else:
-        with open(f"{path}.part", "wb") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.part", path)
+        part = f"{path}.{os.getpid()}.part"
+        try:
+            with open(part, "wb") as file:
+                file.writelines(chunks)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(part)
     progress.end()
     return 0
 
