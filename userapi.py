@@ -1810,30 +1810,10 @@ class Store:
 
         `number` is the URI's. Gives their numbers and the user's new version.
         """
-        rule: int | str = "optional" if how == "create" else "required"
-        faults, seen = Faults(), Seen()
-        checker = Checker(shape, shape.names, faults)
         with self.transaction():
             row = self._user_row(user, check)
             there = self._load_rows(shape, user)
-            rows = []
-            for place, item in entries:
-                if how == "merge" and isinstance(item, dict):
-                    old = find_row(there, item, number)
-                    if old is None:
-                        faults.add(place.fault("id", "does not exist"), 404)
-                        continue
-                    item = {n: v for n, v in {**old, **item}.items() if v is not None}
-                value = checker.check(place, item, rule if number is None else number)
-                found = value.get("id")
-                if not seen.add(found):
-                    faults.add(place.fault("id", "stands twice"))
-                elif how == "create" and found in there:
-                    faults.add(place.fault("id", "is taken"), 409)
-                elif how != "create" and found and found not in there:
-                    faults.add(place.fault("id", "does not exist"), 404)
-                rows.append(value)
-            faults.raise_worst()
+            rows = check_rows(shape, there, entries, how, number)
             last = f"last_{shape.name}"
             sets = {last: number_rows(rows, row[last])}
             version = self._raise_version(row, sets, (shape.name,))
@@ -2098,6 +2078,37 @@ def number_rows(rows: Iterable[Item], last: int) -> int:
     if last > MAX_ID:
         raise Problem(409, "there is no number left")
     return last
+
+
+def check_rows(
+    shape: Shape,
+    there: dict[int, Item],
+    entries: Sequence[tuple[Place, Any]],
+    how: str,
+    number: int | None,
+) -> list[Item]:
+    """The rows to be written, given those that are there. Raises Problem."""
+    rule: int | str = "optional" if how == "create" else "required"
+    faults, seen, rows = Faults(), Seen(), []
+    checker = Checker(shape, shape.names, faults)
+    for place, item in entries:
+        if how == "merge" and isinstance(item, dict):
+            old = find_row(there, item, number)
+            if old is None:
+                faults.add(place.fault("id", "does not exist"), 404)
+                continue
+            item = {n: v for n, v in {**old, **item}.items() if v is not None}
+        row = checker.check(place, item, rule if number is None else number)
+        found = row.get("id")
+        if not seen.add(found):
+            faults.add(place.fault("id", "stands twice"))
+        elif how == "create" and found in there:
+            faults.add(place.fault("id", "is taken"), 409)
+        elif how != "create" and found and found not in there:
+            faults.add(place.fault("id", "does not exist"), 404)
+        rows.append(row)
+    faults.raise_worst()
+    return rows
 
 
 def find_row(there: dict[int, Item], item: Item, number: int | None) -> Item | None:
@@ -3672,14 +3683,14 @@ IF_NONE_MATCH = "The ETag of what is known already; then the answer is a 304."
 #: headers that are told of, but are no `parameters`: no schema can say what goes well
 TOLD_HEADERS = {
     "POST": "Idempotency-Key (1 to 255 visible ASCII characters): the same request with"
-    " the same key is done once within a day, and answered again as it was; not together"
-    " with dry_run.",
+    " the same key is done once within a day and answered again as it was; not with"
+    " dry_run.",
     "/changes": "Last-Event-ID (a seq) resumes the event stream after that change.",
 }
 HOW = {"POST": "Create", "PUT": "Replace", "PATCH": "Merge"}
 #: Patterns that only validators can read, for \p is not known everywhere: who makes
-#: values up out of a schema stays with its `if`, as no schema can say that ids differ or
-#: that a cursor is one of ours. They stand at x-patterns of the document.
+#: values up out of a schema stays with its `if`, as no schema can say that ids differ
+#: or that a cursor is one of ours. They stand at x-patterns of the document.
 PATTERNS = {
     "any": r"^\p{Any}*$",
     "true": r"^(?=\p{Any})(?:true|1)$",
@@ -3817,14 +3828,13 @@ def example_shown(shape: Shape, view: str) -> Item:
 def body_of(found: Operation, view: str) -> Item:
     """The request body of an operation, in each media type that it takes."""
     shape, how = shape_of(found), HOW[found.method]
-    schema = closed({"item": shape_ref(shape, view, how)})
+    schema = shape_ref(shape, view, f"{how}One")
     example: Item = {"item": example_item(shape, view, how)}
     if found.bulk:
-        many = how if how == "Create" else how + "Many"
-        listed = closed({"items": {**unlike(shape, view, many), "minItems": 1}})
+        listed = shape_ref(shape, view, f"{how}Items")
         schema = {"oneOf": [schema, listed]} if how == "Create" else listed
         if how != "Create":
-            example = {"items": [example_item(shape, view, many)]}
+            example = {"items": [example_item(shape, view, f"{how}Many")]}
     content: Item = {m: {"schema": schema, "example": example} for m in found.takes}
     if CSV in content:
         columns = [field for field in shape.columns if field.csv]
@@ -3915,10 +3925,10 @@ def parameters_of(found: Operation, path: str, view: str) -> list[Item]:
         schema = (
             {**ID, "minimum": 0} if zero else ID
         )  # 0 are all, see list_users_of_old
-        where = {"name": name, "in": "path", "required": True, "schema": schema}
-        parameters.append({**where, "description": f"The {name}.", "example": 1})
+        told = {"description": f"The {name}.", "example": 1, "schema": schema}
+        parameters.append({"name": name, "in": "path", "required": True, **told})
     parameters += [query_of(found, name, view) for name in found.params]
-    where = {"in": "header", "required": False}
+    where: Item = {"in": "header", "required": False}
     if found.writes and 412 in found.problems:
         tags = {**TEXT, "if": {"const": "*"}, "else": UNTOLD["any"]}
         where.update(name="If-Match", schema=tags, description=IF_MATCH)
@@ -3986,8 +3996,16 @@ def schemas() -> Item:
     for view in VIEWS:
         for shape in (USER, *SHAPES.values()):
             found[shape_name(shape, view)] = shown_schema(shape, view)
-            for how in ("Create", "Replace", "ReplaceMany", "Merge", "MergeMany"):
-                found[shape_name(shape, view, how)] = item_schema(shape, view, how)
+            for how in HOW.values():
+                many = how if how == "Create" else f"{how}Many"
+                for each in dict.fromkeys((how, many)):
+                    found[shape_name(shape, view, each)] = item_schema(
+                        shape, view, each
+                    )
+                one, listed = shape_ref(shape, view, how), unlike(shape, view, many)
+                found[shape_name(shape, view, f"{how}One")] = closed({"item": one})
+                listed = closed({"items": {**listed, "minItems": 1}})
+                found[shape_name(shape, view, f"{how}Items")] = listed
     return found
 
 
@@ -4036,8 +4054,7 @@ def openapi(prefix: str = "") -> Item:
     }
 
 
-#: The Postman collection's own scripts: each call finds three users, as there are after it
-#: none that were not there before.
+#: The Postman collection's own scripts: each call finds users, and leaves none behind.
 BEFORE = """
 const token = pm.variables.get("token"), base = pm.variables.get("baseUrl");
 const header = { "Content-Type": "application/json", "If-Match": "*" };
@@ -4341,12 +4358,13 @@ function go(change, replace) { // to another search or order, which the address 
   history[replace ? "replaceState" : "pushState"](0, "", url); scrollTo(0, 0);
   restart();
 }
-async function load(at) {
-  const list = pages, page = pages[at], more = { limit: SIZE, ...(page.after && { after: page.after }) };
+async function load(page) {
+  const more = { limit: SIZE, ...(page.after && { after: page.after }) };
   if (!counted) more.count = true;
   page.fresh = counted = true;
   const got = await call("GET", query(more)).catch((fault) => fault), { errors } = got;
-  if (pages !== list || pages[at] !== page) return; // an older answer never wins
+  const at = pages.indexOf(page);
+  if (at < 0) return; // the answer to an older question never wins
   const why = [got.message, ...(errors || []).map((each) => `${each.parameter} ${each.detail}`)];
   if (got.status === 401) stream?.close(); // or the browser would ask for a login every time
   if (errors) return note("No list", why.join("; "), "Try again", restart);
@@ -4360,7 +4378,7 @@ function layout() {
   const tall = SIZE * (body.querySelector(".user")?.offsetHeight || 48), last = pages.length - 1;
   const at = Math.max(0, Math.min(last, Math.floor((scrollY - body.offsetTop) / tall)));
   const first = Math.max(0, at - 1), near = pages.slice(first, at + 3), users = new Map();
-  near.forEach((page, i) => page.fresh || load(first + i));
+  for (const page of near) if (!page.fresh) load(page);
   $("list").ariaBusy = !pages[at].rows;
   if (!last && !pages[0].rows) return; // the former list stays until this one is here
   for (const page of pages) if (!near.includes(page)) page.rows = page.fresh = null;
@@ -4369,6 +4387,7 @@ function layout() {
   const coming = pages.length - first - near.filter((page) => page.rows).length;
   above.firstChild.style.height = first * tall + "px";
   below.firstChild.style.height = coming * tall + "px"; paint((rows = users));
+  if (origin && !scrollY) return restart();
   if (first < 4000) return;
   [pages, origin] = [pages.slice(2000), origin + 2000]; // browsers lay out 33 million px at most
   scrollBy(0, -2000 * tall);

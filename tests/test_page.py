@@ -397,6 +397,27 @@ def test_the_list_scrolls_to_its_end_and_back_in_a_bounded_document(serve, visit
     expect(page.get_by_role("button", name="User 00001")).to_be_in_viewport()
 
 
+def test_the_list_goes_on_past_what_a_browser_can_lay_out(serve, visit):
+    """Some 33 million pixels, 700,000 users: what is far above is given up then."""
+    server = serve()
+    server.add(*many(1000))
+    page = visit(server.url)
+    page.evaluate("pages = Array.from({length: 4003}, () => ({})); layout()")
+    page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
+    wait_for(page, "origin === 2000")
+    last = page.get_by_role("button", name="User 01000")
+    for _ in range(100):
+        if last.count():
+            break
+        page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
+        page.evaluate("new Promise(requestAnimationFrame)")
+        assert page.evaluate("document.documentElement.scrollHeight") < 33e6
+    expect(last).to_be_attached()
+    page.evaluate("scrollTo(0, 0)")
+    expect(page.get_by_role("button", name="User 00001")).to_be_in_viewport()
+    wait_for(page, "origin === 0")
+
+
 def test_a_million_users(serve, visit, tmp_path):
     """The first paint and the first rows come as soon as with a dozen."""
     file = tmp_path / "million.csv"
