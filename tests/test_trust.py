@@ -1773,7 +1773,7 @@ def test_a_soak(tmp_path):
     memory, descriptors, wal = zip(*samples)
     statuses = sum((client.statuses for client in clients), collections.Counter())
     growth = max(memory[3:]) - max(memory[:3])
-    print(f"\n{statuses.total()} mixed requests: {dict(sorted(statuses.items()))}")
+    print(f"\n{sum(statuses.values())} mixed requests: {dict(sorted(statuses.items()))}")
     print(f"memory {[m // 1024 for m in memory]} KiB, grown {growth / MIB:.1f} MiB")
     print(f"descriptors {descriptors}, log at most {max(wal) / MIB:.1f} MiB")
     assert growth < 3 * MIB
