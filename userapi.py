@@ -64,6 +64,7 @@ import re
 import signal
 import socket
 import sqlite3
+import stat
 import threading
 import time
 import traceback
@@ -72,7 +73,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
-from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode
+from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode
 
 try:
     import bottle
@@ -162,6 +163,16 @@ class Settings:
             raise SettingError("log is text, json or off")
         if bool(self.cert) != bool(self.key):
             raise SettingError("cert and key go together")
+        for name, rule, told in (
+            ("allow_host", r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", "names without ports"),
+            (
+                "cors",
+                r"[a-z][a-z0-9+.-]*://[^/\s]+",
+                "origins like https://example.org",
+            ),
+        ):
+            if not all(re.fullmatch(rule, value) for value in getattr(self, name)):
+                raise SettingError(f"{name} takes {told}")
         if self.token_file and not self.token:
             self.token: str = read_token(self.token_file)
         if not re.fullmatch(r"[\x21-\x7e]*", self.token):
@@ -572,10 +583,13 @@ def escape_pointer(member: str) -> str:
     return quote(member.replace("~", "~0").replace("/", "~1"), safe="~!$&'()*+,;=:@")
 
 
+IMPORT_FAULTS = 100  # that are told of an import
+
+
 class Faults:
     """The faults of one request: all are told, up to `most`; the worst one counts."""
 
-    def __init__(self, most: int = MAX_ID) -> None:
+    def __init__(self, most: int = 30_000) -> None:
         self.most, self.total = most, 0
         self.errors: list[Item] = []
         self.statuses: set[int] = set()
@@ -591,18 +605,20 @@ class Faults:
         for status in (422, 404, 409):
             if status in self.statuses:
                 problem = Problem(status, self.tell(), self.errors)
-                if self.most != MAX_ID:
+                if self.most == IMPORT_FAULTS or self.total > self.most:
                     problem.more["total"] = self.total
                 raise problem
 
     def tell(self) -> str:
-        if self.total == 1:
-            member = self.errors[0]["pointer"].rpartition("/")[2].replace("#", "it")
-            return f"{member} {self.errors[0]['detail']}"
-        what = (
-            "members are not valid" if self.statuses == {422} else "items are refused"
-        )
-        return f"{self.total} {what}"
+        """All of it in a sentence."""
+        if self.total > 1:
+            only = self.statuses == {422}
+            return f"{self.total} {'members are not valid' if only else 'faults'}"
+        fault = self.errors[0]
+        member = fault["pointer"].rpartition("/")[2]
+        if member.isdigit() or member in ("#", "item"):
+            member = f"line {fault['line']}" if "line" in fault else "the item"
+        return f"{member} {fault['detail']}"
 
 
 class Checker(NamedTuple):
@@ -634,8 +650,9 @@ class Checker(NamedTuple):
         if not self.partial:
             self.complete(place, item, values)
         if isinstance(id_rule, int):
-            if values.setdefault("id", id_rule) != id_rule:
+            if values.get("id", id_rule) != id_rule:
                 self.faults.add(place.fault("id", "is not the URI's"))
+            values["id"] = id_rule
         elif id_rule == "required" and "id" not in item:
             self.faults.add(place.fault("id", "is required"))
         wanted, well = self.shape.one_of, self.faults.total == found
@@ -1510,7 +1527,7 @@ class Store:
         check: Callable[[int], None] | None = None,
         conflict: str = "fail",
         times: bool = False,
-        most: int = MAX_ID,
+        most: int = 30_000,
     ) -> Saved:
         """Create, replace or merge (`how`) all of the entries, or none of them.
 
@@ -2134,7 +2151,7 @@ def nothing_there(kind: str, ids: Sequence[int]) -> Problem:
     """The problem that none of these ids exists."""
     told = [f"there is no {kind} {id}" for id in ids]
     errors = [{"parameter": "id", "detail": detail} for detail in told]
-    return Problem(404, ", ".join(told[:3]), errors if len(ids) > 1 else ())
+    return Problem(404, ", ".join(told[:3]), errors)
 
 
 # ── Operations ────────────────────────────────────────────────────────────────────
@@ -2368,14 +2385,15 @@ class Call:
     """One request on its way through an operation."""
 
     __slots__ = (
-        "actor", "app", "args", "base", "body", "environ", "media", "members",
-        "method", "operation", "params", "prefix", "role", "store", "takes", "view",
+        "actor", "app", "args", "base", "body", "environ", "media", "members", "method",
+        "operation", "params", "path", "prefix", "role", "store", "takes", "view",
     )  # fmt: skip
 
     base: str
     view: str
     members: tuple[str, ...]
     args: dict[str, int]
+    path: str
 
     def __init__(self, app: UserAPI, environ: Environ) -> None:
         self.app, self.store, self.environ = app, app.store, environ
@@ -2396,13 +2414,9 @@ class Call:
     def query(self) -> list[tuple[str, str]]:
         """The pairs of the query string. Raises Problem 400."""
         source = self.environ.get("QUERY_STRING", "")
-        try:
-            if BAD_ESCAPE.search(source):
-                raise ValueError
-            source.encode("ascii")
-            return parse_qsl(source, True, errors="surrogateescape")
-        except ValueError:
-            raise Problem(400, "the query is not percent-encoded") from None
+        if not source.isascii():
+            raise Problem(400, "the query is not percent-encoded")
+        return parse_qsl(source, True, errors="surrogateescape")
 
     def header(self, name: str) -> str | None:
         return self.environ.get(f"HTTP_{name}")
@@ -2506,8 +2520,8 @@ def load_json(data: bytes) -> Any:
     number past a double, no lone surrogates, at most 32 deep. Raises ValueError."""
     try:
         source = data.decode()
-        if source.count("[") + source.count("{") > 32 and depth(source) > 32:
-            raise ValueError("it is deeper than 32")
+        if source.count("[") + source.count("{") > 32:
+            refuse_depth(source)
         value = DECODER.decode(source)
         if "\\u" in source:
             to_json(value)
@@ -2518,16 +2532,13 @@ def load_json(data: bytes) -> Any:
     return value
 
 
-def depth(source: str) -> int:
-    """How deep the brackets outside of strings are nested."""
-    deepest = level = 0
+def refuse_depth(source: str) -> None:
+    """Raise ValueError where brackets outside of strings are nested deeper than 32."""
+    level = 0
     for match in BRACKETS.finditer(source):
-        if match[0] in "[{":
-            level += 1
-            deepest = max(deepest, level)
-        elif match[0] in "]}":
-            level -= 1
-    return deepest
+        level += (match[0] in "[{") - (match[0] in "]}")
+        if level > 32:
+            raise ValueError("it is deeper than 32")
 
 
 def read_json(call: Call) -> Any:
@@ -2549,7 +2560,7 @@ def read_items(call: Call, one: bool = False) -> tuple[list[tuple[Place, Any]], 
         return [(Place("#/item"), envelope["item"])], True
     items = envelope["items"]
     if not isinstance(items, list) or not items:
-        fault = {"pointer": "#/items", "detail": "is not a list of items"}
+        fault = {"pointer": "#", "detail": "items is no list of at least one item"}
         raise Problem(422, "the envelope is not valid", [fault])
     if len(items) > call.app.settings.max_items:
         raise too_many(call.app.settings.max_items)
@@ -2593,7 +2604,7 @@ def read_csv(file: Any) -> Iterator[tuple[Place, Any]]:
         if cells and not header:
             header = cells
             check_header(header)
-        elif cells:
+        elif cells and (len(cells) > 1 or cells[0].strip()):
             if any(cell[:1] == "'" for cell in cells):
                 cells = [unguard(cell) for cell in cells]
             yield place, csv_item(header, cells)
@@ -2668,7 +2679,7 @@ def import_users(
 
     members = VIEWS[view] if media == NDJSON else CSV_MEMBERS
     saved = store.save_users(
-        entries(), "create", members, conflict=conflict, times=True, most=100
+        entries(), "create", members, conflict=conflict, times=True, most=IMPORT_FAULTS
     )
     return {name: len(ids) for name, ids in zip(Saved._fields, saved)}
 
@@ -3156,7 +3167,11 @@ def get_metrics(call: Call) -> Answer:
 # ── Application ───────────────────────────────────────────────────────────────────
 
 LOOPBACK = re.compile(r"(?:::ffff:)?127\.\d+\.\d+\.\d+|::1")
-LOCAL_HOST = re.compile(r"(?:localhost|127(?:\.\d{1,3}){3}|\[::1\])\.?(?::\d*)?", re.I)
+_BYTE = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+LOCAL_HOST = re.compile(
+    rf"(?:localhost|127(?:\.{_BYTE}){{3}}|\[(?:::|(?:0{{1,4}}:){{7}})0{{0,3}}1\])\.?(?::\d*)?",
+    re.IGNORECASE | re.ASCII,
+)
 PORT = re.compile(r"\.?(?::\d*)?$")
 POLICY = "default-src 'none'; frame-ancestors 'none'"
 COMMON = [
@@ -3287,7 +3302,7 @@ class Guard:
 
     def is_preflight(self, call: Call) -> bool:
         asks = call.header("ACCESS_CONTROL_REQUEST_METHOD") is not None
-        return asks and call.method == "OPTIONS" and self.is_listed(call)
+        return asks and call.method == "OPTIONS" and call.header("ORIGIN") is not None
 
     def authenticate(self, call: Call) -> None:
         """Find the call's actor and role by its token. Raises Problem 401, 429."""
@@ -3485,7 +3500,7 @@ class UserAPI:
         start_response(STATUS[answer.status], headers)
         if isinstance(body, bytes):
             return [b"" if call.method == "HEAD" else body]
-        return [] if call.method == "HEAD" else body
+        return iter(()) if call.method == "HEAD" else body
 
     def respond(self, call: Call) -> Answer:
         """Guard, then resource, then operation. Raises Problem."""
@@ -3502,6 +3517,7 @@ class UserAPI:
         self.guard.admit(call, path)
         if not path:
             raise Problem(400, "the path is not UTF-8")
+        call.path = path
         resource, call.args = find_resource(path)
         call.base, call.view, operations = resource
         call.members = VIEWS[call.view]
@@ -3528,7 +3544,7 @@ class UserAPI:
     def show_options(self, call: Call, resource: Resource) -> Answer:
         """What can be done with a resource, to a CORS preflight as well."""
         headers = [("Allow", resource.allow)]
-        if self.guard.is_preflight(call):
+        if self.guard.is_preflight(call) and self.guard.is_listed(call):
             headers.append(("Access-Control-Allow-Methods", resource.allow))
             headers.append(("Access-Control-Allow-Headers", ASKED))
             headers.append(("Access-Control-Max-Age", "600"))
@@ -3573,7 +3589,7 @@ class UserAPI:
     def write_once(self, call: Call, found: Operation, key: str) -> Answer:
         """What was answered to this key before, or the operation's answer, kept."""
         environ = call.environ
-        place = [environ.get(n) for n in ("SCRIPT_NAME", "PATH_INFO", "QUERY_STRING")]
+        place = [call.prefix, call.path, environ.get("QUERY_STRING", "")]
         whole = hashlib.sha256(to_json([call.actor, *place, key])).digest()
         content = hashlib.sha256(f"{call.takes}\n".encode() + call.body).digest()
         kept = self.store.find_retry(whole)
@@ -3642,7 +3658,14 @@ def read_params(call: Call, operation: Operation) -> None:
     """
     if not call.environ.get("QUERY_STRING") or HTML in operation.answers:
         return
-    errors = []
+    errors = [
+        {
+            "parameter": unquote(part.partition("=")[0]),
+            "detail": "is not percent-encoded",
+        }
+        for part in call.environ["QUERY_STRING"].split("&")
+        if BAD_ESCAPE.search(part)
+    ]
     for name, value in call.query():
         try:
             if not f"{name}{value}".isascii() and has_surrogates(name + value):
@@ -3773,7 +3796,7 @@ def shown_schema(shape: Shape, view: str) -> Item:
 
 def unlike(shape: Shape, view: str, how: str) -> Item:
     """A list of items whose ids differ, which JSON Schema cannot say: see PATTERNS."""
-    untold: Item = {"properties": {shape.columns[-1].name: UNTOLD["any"]}}
+    untold: Item = {"properties": {shape.columns[-1].name: {**TEXT, **UNTOLD["any"]}}}
     if how == "Create":
         untold = {"anyOf": [{"not": {"required": ["id"]}}, untold]}
     schema = {"type": "array", "items": shape_ref(shape, view, how)}
@@ -3808,7 +3831,7 @@ def one_of_schema(shape: Shape, partial: bool) -> Item:
     if not partial or not wanted:
         return wanted
     touched = {"anyOf": [{"required": [name]} for name in shape.one_of]}
-    untold = {"properties": {shape.columns[0].name: UNTOLD["any"]}}
+    untold = {"properties": {shape.columns[0].name: {**TEXT, **UNTOLD["any"]}}}
     return {"if": touched, "then": {"if": {"allOf": [wanted]}, "else": untold}}
 
 
@@ -4369,6 +4392,7 @@ async function load(page) {
   if (at < 0) return; // the answer to an older question never wins
   const why = [got.message, ...(errors || []).map((each) => `${each.parameter} ${each.detail}`)];
   if (got.status === 401) stream?.close(); // or the browser would ask for a login every time
+  if (errors && !pages[0].rows) rows = new Map(body.replaceChildren()); // not another search's
   if (errors) return note("No list", why.join("; "), "Try again", restart);
   [page.rows, total] = [got.results, got.total ?? total];
   const next = got.next && new URL(got.next, api).searchParams.get("after"), old = pages[at + 1];
@@ -4575,7 +4599,8 @@ function upload(dry_run) { // by XMLHttpRequest, which alone tells how far it is
   request.setRequestHeader("Content-Type", kind);
   request.upload.onprogress = ({ loaded, total }) => (bar.value = loaded / total);
   request.upload.onload = () => bar.removeAttribute("value"); // all is sent, not yet answered
-  request.onloadend = () => report(JSON.parse(request.responseText || "{}"), dry_run);
+  request.onloadend = () => report(request.response || {}, dry_run);
+  request.responseType = "json";
   [bar.hidden, bar.value, $("import-go").disabled] = [false, 0, true];
   request.send(file);
 }
@@ -5281,6 +5306,10 @@ class Connection(asyncio.Protocol):
             environ["userapi.sent"] = len(content)
             self.send(head + content)
             self.finish(environ)
+        elif environ["REQUEST_METHOD"] == "HEAD":
+            close_body(body)
+            self.send(head)
+            self.finish(environ)
         else:
             self.stream, self.streamed = iter(body), environ
             self.send(head)
@@ -5633,9 +5662,8 @@ class Server:
             server.close()
         await self.drain()
         self.sweeper.cancel()
-        if self.settings.unix:
-            with contextlib.suppress(OSError):
-                os.unlink(self.settings.unix)
+        if is_socket(self.settings.unix):
+            os.unlink(self.settings.unix)
         if self.group:
             self.store.close_group()
         if self.logging:  # nobody takes the log: its thread would never end
@@ -5719,6 +5747,13 @@ def notify(state: str) -> None:
             sock.send(state.encode())
 
 
+def is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
 def open_sockets(settings: Settings) -> list[socket.socket]:
     """The sockets to listen on: handed over, Unix, or TCP. Raises SettingError."""
     if os.environ.get("LISTEN_PID") == str(os.getpid()):
@@ -5733,6 +5768,8 @@ def open_sockets(settings: Settings) -> list[socket.socket]:
                 sock.connect(settings.unix)
                 raise SettingError("another process listens on the Unix socket")
             except ConnectionRefusedError:  # left behind by one that was killed
+                if not is_socket(settings.unix):
+                    raise SettingError("unix names a file that is no socket") from None
                 os.unlink(settings.unix)
             except FileNotFoundError:
                 pass
@@ -6012,6 +6049,8 @@ def run_token(store: Store, given: Item) -> int:
         return 0
     if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name):
         raise SettingError("a token's name is 1 to 64 of A-Z a-z 0-9 . _ @ -")
+    if action == "add" and name == "admin":
+        raise SettingError("admin is what the setting's own token is called")
     if action == "add":
         print(store.add_token(name, "read-only" if given["read_only"] else "admin"))
     else:
