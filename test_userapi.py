@@ -559,6 +559,7 @@ REFUSED_SETTINGS = [
     {"token": "two words"},
     {"token": "täg"},
     {"cert": "only-half.pem"},
+    {"trusted_proxy": "nonsense"},
     {"token_file": "/nowhere/token"},
 ]
 
@@ -742,13 +743,23 @@ def test_country_is_refused(play, sent):
     play(Row("POST /api/user/1/address", 422, at("#/item/country"), body=body))
 
 
-@pytest.mark.parametrize("name, most", [("label", 50), ("street", 200), ("city", 200)])
+LENGTHS = {"label": 50, "street": 200, "postcode": 200, "city": 200, "region": 200}
+
+
+@pytest.mark.parametrize("name, most", LENGTHS.items())
 def test_lengths_of_an_address(play, name, most):
     line = "POST /api/user/1/address"
     item = {**OFFICE, name: "ä" * most}
     play(Row(line, 201, done({"id": 1, **item}), body={"item": item}))
     item = {**OFFICE, name: "ä" * (most + 1)}
     play(Row(line, 422, at(f"#/item/{name}"), body={"item": item}))
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("sent", NOT_TEXTS[1:], ids=ascii)
+def test_an_address_is_texts(play, name, sent):
+    body = {"item": {**OFFICE, name: sent}}
+    play(Row("POST /api/user/1/address", 422, at(f"#/item/{name}"), body=body))
 
 
 ADDRESSES = [
@@ -1179,6 +1190,17 @@ def test_a_file_that_another_program_holds_is_a_503(client):
         assert client("GET /api/user/1").status_int == 200
         other.execute("ROLLBACK")
     assert client("DELETE /api/user/1").status_int == 200
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_went_away_takes_no_more_writes(client, db, template, replaced):
+    """They would be acknowledged, and be in a file that nobody can find."""
+    assert client("PATCH /api/user/1", {"item": {"name": "A"}}).status_int == 200
+    db.unlink()
+    if replaced:
+        shutil.copy(template, db)
+    assert client("POST /api/user", {"item": GRACE}).status_int == 503
+    assert client("DELETE /api/user/1").status_int == 503
 
 
 def newer(path: Path) -> None:
@@ -3888,6 +3910,17 @@ def big(template, tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize("format_", ["json", "csv", "ndjson"])
+def test_all_users_come_in_pieces(big, format_):
+    """However many there are: no piece, and so no moment, holds more than a few."""
+    client = Client(big)
+    environ = webtest.TestRequest.blank(f"/api/user?format={format_}").environ
+    environ["REMOTE_ADDR"] = "127.0.0.1"
+    sizes = [len(chunk) for chunk in client.app(environ, lambda *start: None)]
+    assert sum(sizes) > 4_000_000 and max(sizes) < 400_000
+    client.close()
+
+
 def lazy(url: str) -> socket.socket:
     """A connection whose client has room for next to nothing."""
     sock = socket.socket()
@@ -4130,7 +4163,10 @@ REFUSED = [
     ["backup"],
     ["token"],
     ["token", "add"],
+    ["token", "add", "two words"],
+    ["token", "add", "admin"],
     ["token", "nonsense"],
+    ["--unix", "users.db"],
 ]
 
 
@@ -4441,7 +4477,8 @@ def test_import_from_standard_input_and_export_to_a_pipe(db):
 
 def test_importing_the_module_does_nothing(tmp_path):
     code = "import userapi, os; print(os.listdir('.'))"
-    env = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
+    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
     out = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

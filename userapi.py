@@ -646,7 +646,7 @@ class Checker(NamedTuple):
             try:
                 self.check_member(place, name, value, values)
             except ValueError as fault:
-                self.faults.add(place.fault(escape_pointer(name), str(fault)))
+                self.faults.add(place.fault(escape_pointer(str(name)), str(fault)))
         if not self.partial:
             self.complete(place, item, values)
         if isinstance(id_rule, int):
@@ -825,6 +825,8 @@ MIGRATIONS = (
         " digest BLOB NOT NULL, status INTEGER NOT NULL, headers TEXT NOT NULL,"
         " body BLOB NOT NULL)",
         "CREATE INDEX retries_by_at ON retries (at)",
+        # the last version of each id that was deleted: no ETag ever comes twice
+        "CREATE TABLE graves (user_id INTEGER PRIMARY KEY, version INTEGER NOT NULL)",
         "CREATE TABLE tokens (name TEXT PRIMARY KEY, digest BLOB NOT NULL UNIQUE,"
         " role TEXT NOT NULL, created TEXT NOT NULL, used TEXT NOT NULL DEFAULT '')",
         *rows_sql(PHONE),
@@ -833,13 +835,19 @@ MIGRATIONS = (
         f" {log_sql('create', 'NEW.user_id', _BOTH)};"
         f" UPDATE users SET created = {_NOW}, updated = {_NOW},"
         " name_fold = lower(user_name), mail_fold = lower(user_mail),"
-        f" version = CASE WHEN NEW.user_id > {_HIGHEST} THEN 1 ELSE {_LAST_SEQ} + 1 END"
+        " version = 1 + coalesce((SELECT version FROM graves WHERE user_id ="
+        " NEW.user_id), 0) WHERE user_id = NEW.user_id; END",
+        # INSERT OR REPLACE deletes without a word to the trigger on DELETE
+        "CREATE TRIGGER users_replace BEFORE INSERT ON users WHEN NEW.version = 0 BEGIN"
+        " INSERT OR REPLACE INTO graves SELECT user_id, version FROM users"
         " WHERE user_id = NEW.user_id; END",
         "CREATE TRIGGER users_update AFTER UPDATE OF user_id, user_name, user_mail"
         " ON users WHEN NEW.version = OLD.version BEGIN"
         f" UPDATE users SET version = version + 1, updated = {_NOW},"
         " name_fold = lower(user_name), mail_fold = lower(user_mail)"
-        " WHERE user_id = NEW.user_id; "
+        " WHERE user_id = NEW.user_id;"
+        " INSERT OR REPLACE INTO graves SELECT OLD.user_id, OLD.version"
+        " WHERE NEW.user_id <> OLD.user_id; "
         + log_sql("delete", "OLD.user_id", "'[]' WHERE NEW.user_id <> OLD.user_id")
         + "; "
         + log_sql(
@@ -853,7 +861,8 @@ MIGRATIONS = (
         + "; END",
         "CREATE TRIGGER users_delete AFTER DELETE ON users BEGIN"
         " DELETE FROM user_phone WHERE user_id = OLD.user_id;"
-        " DELETE FROM user_address WHERE user_id = OLD.user_id; "
+        " DELETE FROM user_address WHERE user_id = OLD.user_id;"
+        " INSERT OR REPLACE INTO graves VALUES (OLD.user_id, OLD.version); "
         + log_sql("delete", "OLD.user_id", "'[]'")
         + f" WHERE NOT EXISTS (SELECT 1 FROM changes WHERE seq = {_LAST_SEQ}"
         " AND op = 'delete' AND user = OLD.user_id); END",
@@ -1439,7 +1448,7 @@ class Store:
 
     def get_user(self, id: int, view: str = "v2") -> Item:
         """A user as a dict. Raises Problem 404."""
-        shown = self.show_user(id, VIEWS[view])
+        shown = self.show_user(id, VIEWS[view]) if id <= MAX_ID else None
         if shown is None:
             raise no_user(id)
         return dict(json.loads(shown[0]))
@@ -1651,14 +1660,16 @@ class Store:
         if not new:
             return []
         db, now = self._writer(), self._now()
-        ((highest, seq),) = db.execute(f"SELECT {_HIGHEST}, {_LAST_SEQ}")
+        ((highest,),) = db.execute(f"SELECT {_HIGHEST}")
+        graves = self._find_graves(
+            [i["id"] for i in new if i.get("id", highest + 1) <= highest]
+        )
         count = max([highest, *(item["id"] for item in new if "id" in item)])
         rows = []
         for item in new:
             count += "id" not in item
             id = item.setdefault("id", count)
-            # an id that may have been used before must not repeat an ETag
-            version = 1 if id > highest else seq + 2
+            version = graves.get(id, 0) + 1
             stamps = [version, item.get("created", now), item.get("updated", now)]
             lasts = [number_rows(item[n], 0) if n in item else 0 for n in SHAPES]
             columns = [item.get(field.name, "") for field in USER.columns]
@@ -1673,6 +1684,14 @@ class Store:
             "create", [(item["id"], tuple(filter(item.get, LOGGED))) for item in new]
         )
         return [item["id"] for item in new]
+
+    def _find_graves(self, ids: Sequence[int]) -> dict[int, int]:
+        """The last version of each of these ids that was in use before."""
+        if not ids:
+            return {}
+        marks = ", ".join("?" * len(ids))
+        sql = f"SELECT user_id, version FROM graves WHERE user_id IN ({marks})"
+        return dict(self.rows(sql, ids))
 
     def _drop_sorts(self) -> None:
         """Do without the indexes of the sort orders while many users are created,
@@ -1735,7 +1754,7 @@ class Store:
         refuse_twice(ids)
         with self.transaction(actor) as scope:
             scope.frees = True
-            there = self._rows_by_id(ids)
+            there = self._rows_by_id([id for id in ids if id <= MAX_ID])
             missing = [id for id in ids if id not in there]
             if missing:
                 raise nothing_there("user", missing)
@@ -3796,12 +3815,14 @@ def shown_schema(shape: Shape, view: str) -> Item:
 
 def unlike(shape: Shape, view: str, how: str) -> Item:
     """A list of items whose ids differ, which JSON Schema cannot say: see PATTERNS."""
-    untold: Item = {"properties": {shape.columns[-1].name: {**TEXT, **UNTOLD["any"]}}}
-    if how == "Create":
-        untold = {"anyOf": [{"not": {"required": ["id"]}}, untold]}
     schema = {"type": "array", "items": shape_ref(shape, view, how)}
-    listed = {"uniqueItems": how != "Create", "items": untold}
-    return {**schema, "if": {"maxItems": 1}, "else": listed}
+    if how == "Create":
+        counted = {"properties": {"id": {"readOnly": True}}}
+        return {**schema, "if": {"maxItems": 1}, "else": {"items": counted}}
+    plain = {f.name: f.schema["if"] for f in shape.fields if "if" in f.schema}
+    untold = {"properties": {shape.columns[0].name: {**TEXT, **UNTOLD["any"]}}}
+    one = {"maxItems": 1, "items": {"properties": plain}}
+    return {**schema, "if": one, "else": {"uniqueItems": True, "items": untold}}
 
 
 def item_schema(shape: Shape, view: str, how: str) -> Item:
@@ -3810,6 +3831,9 @@ def item_schema(shape: Shape, view: str, how: str) -> Item:
     properties, required = {}, []
     for field in members_of(shape, view):
         sent = {"title": field.title, **field.schema}
+        if many and "if" in sent:  # unlike() has the other half
+            del sent["if"]
+            sent.update(sent.pop("else"))
         if field.rows:
             sent.update(unlike(SHAPES[field.rows], view, "Create"))
         if field.read_only or field.name == "id" and not many and how != "Create":
@@ -3826,7 +3850,7 @@ def one_of_schema(shape: Shape, partial: bool) -> Item:
     """That an item needs one of some members; a merge may rely on what is there."""
     wanted: Item = {}
     for name in shape.one_of:
-        one = {"required": [name], "properties": {name: {"minLength": 1}}}
+        one = {"required": [name], "properties": {name: {**TEXT, "minLength": 1}}}
         wanted = {"if": one, "else": wanted} if wanted else one
     if not partial or not wanted:
         return wanted
@@ -3929,11 +3953,11 @@ def query_of(found: Operation, name: str, view: str) -> Item:
     if name == "fields":  # with CSV only its columns
         schema["items"] = {
             **TEXT,
-            "if": {"enum": CSV_MEMBERS},
+            "if": {"enum": list(CSV_MEMBERS)},
             "else": UNTOLD["member"],
         }
         if view == "v1":
-            schema["items"] = {**TEXT, "enum": VIEWS[view]}
+            schema["items"] = {**TEXT, "enum": list(VIEWS[view])}
     if name == "dry_run" and found.method == "DELETE":
         schema = {**TEXT, "if": {"enum": ["false", "0"]}, "else": UNTOLD["true"]}
     parameter: Item = {"name": name, "in": "query", "description": PARAMS[name].help}
@@ -4357,7 +4381,8 @@ function answer(id) { // of a dialog: the value of the button that closed it
 }
 function say(parts, back) { // a passing message, with an undo while it lasts
   undo = back && (() => back(say([])));
-  show("toast", ...parts, ...(back ? [make("button", { onclick: undo }, "Undo")] : []));
+  const button = back && make("button", { onclick: undo }, "Undo");
+  show("toast", ...(parts.length ? [make("span", {}, ...parts), button || ""] : []));
   clearTimeout(say.timer);
   if (parts.length) say.timer = setTimeout(say, 15000, []);
 }
@@ -4749,6 +4774,7 @@ DOCS_STYLE = r"""
 .op { padding: 1.5rem 0; border-top: var(--card); }
 .op :is(td, th) { padding: 0.25rem 1rem 0.25rem 0; text-align: start;
   vertical-align: top; font-weight: 400; }
+.op td:nth-child(2) { white-space: nowrap; }
 code, pre, output, textarea, .method { font: 0.8125rem/1.6 ui-monospace, monospace;
   white-space: pre-wrap; }
 .op h2 > * { font-size: 1rem; }
@@ -6081,6 +6107,8 @@ def run_command(command: str, given: Item) -> int:
     if command in RUN:
         return RUN[command](given)
     settings = Settings({name: given[name] for name in STORE_SETTINGS})
+    if given.get("dry_run") and not os.path.exists(settings.db):
+        settings.update({"db": ":memory:"})
     makes = command == "import" or given.get("action") == "add"
     if not makes and settings.db != ":memory:" and not os.path.exists(settings.db):
         raise Problem(404, f"{settings.db}: there is no such database")
