@@ -1486,9 +1486,22 @@ class Store:
             after = page.last
 
     def find_users(self, view: str = "v2", **query: Any) -> Iterator[Item]:
-        """Users as dicts; keywords are those of Query: q, name, mail, ids, sort, …"""
-        for page in self.pages(view_sql(VIEWS[view]), Query(**query), ", "):
-            yield from json.loads(f"[{page.content or ''}]")
+        """Users as dicts; keywords are those of Query: q, name, mail, ids, sort, …
+
+        Raises Problem 400 where one of them cannot be.
+        """
+        try:
+            found = Query(**query)
+            wrong = found.sort.lstrip("-") not in SORTS or (found.limit or 1) < 1
+        except (TypeError, AttributeError):
+            wrong = True
+        if wrong:
+            raise Problem(400, f"users are not found by {query}")
+        return self._find_users(view, found)
+
+    def _find_users(self, view: str, query: Query) -> Iterator[Item]:
+        for page in self.pages(view_sql(VIEWS[view]), query, ", "):
+            yield from json.loads(f"[{page.content}]")
 
     def count_users(self, query: Query | None = None) -> int:
         """How many users there are, or the query's filters find."""
@@ -1997,6 +2010,11 @@ class Store:
     def check(self) -> list[str]:
         """What is not whole in the database; an empty list where all is well."""
         found = [row[0] for row in self.rows("PRAGMA integrity_check(20)")]
+        there = {name for (name,) in self.rows("SELECT name FROM sqlite_master")}
+        made = re.findall(
+            r"CREATE (?:TABLE|INDEX|TRIGGER)(?: IF NOT EXISTS)? (\w+)", str(MIGRATIONS)
+        )
+        found += [f"{name} is missing" for name in made if name not in there]
         for name in SHAPES:
             sql = f"SELECT count(*) FROM user_{name} WHERE user_id NOT IN"
             ((orphans,),) = self.rows(f"{sql} (SELECT user_id FROM users)")
