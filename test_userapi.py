@@ -2426,6 +2426,22 @@ def test_etags_rise_and_are_the_version(client):
     assert seen == [2, 3, 4]
 
 
+def test_an_etag_of_a_deleted_user_is_not_its_successors(client):
+    """Someone was faster, and it is another user now that has the id."""
+    etag = client.etag(3)
+    client("DELETE /api/user/3")
+    client("POST /api/user", {"item": CHAN})
+    stale = client("PUT /api/user/3", {"item": GRACE}, {"If-Match": etag})
+    assert stale.status_int == 412
+    fresh = {"If-Match": client.etag(3)}
+    assert client("PUT /api/user/3", {"item": GRACE}, fresh).status_int == 200
+
+
+def test_a_new_user_is_version_1_wherever_its_id_stands(client):
+    made = client("POST /api/v2/user", {"items": [{"id": 50, **GRACE}, GRACE]})
+    assert [user["version"] for user in made.json["results"]] == [1, 1]
+
+
 REQUIRED = [
     Row("PUT /api/user/1", 428, body={"item": GRACE}),
     Row("PATCH /api/user/1", 428, body={"item": GRACE}),

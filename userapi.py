@@ -135,6 +135,18 @@ SETTINGS = (
     Setting("send_timeout", 20, "seconds without progress in taking an answer"),
     Setting("log", "text", "access log: text, json or off"),
 )
+#: what text in a setting has to look like, and what is said where it does not
+SETTING_RULES = (
+    (
+        "db",
+        r"(?!postgres(?:ql)?://).+",
+        "is a file here: this version has no PostgreSQL",
+    ),
+    ("log", "text|json|off", "is text, json or off"),
+    ("token", r"[\x21-\x7e]*", "may hold visible ASCII characters only"),
+    ("allow_host", r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", "takes names without ports"),
+    ("cors", r"[a-z][a-z0-9+.-]*://[^/\s]+", "takes origins like https://example.org"),
+)
 TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -159,24 +171,18 @@ class Settings:
             if value is None:
                 value = os.environ.get(f"USERAPI_{name.upper()}") or default
             setattr(self, name, convert(name, default, value))
-        if self.log not in ("text", "json", "off"):
-            raise SettingError("log is text, json or off")
-        if bool(self.cert) != bool(self.key):
-            raise SettingError("cert and key go together")
-        for name, rule, told in (
-            ("allow_host", r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", "names without ports"),
-            (
-                "cors",
-                r"[a-z][a-z0-9+.-]*://[^/\s]+",
-                "origins like https://example.org",
-            ),
-        ):
-            if not all(re.fullmatch(rule, value) for value in getattr(self, name)):
-                raise SettingError(f"{name} takes {told}")
         if self.token_file and not self.token:
             self.token: str = read_token(self.token_file)
-        if not re.fullmatch(r"[\x21-\x7e]*", self.token):
-            raise SettingError("token may hold visible ASCII characters only")
+        self._refuse_wrong()
+
+    def _refuse_wrong(self) -> None:
+        if bool(self.cert) != bool(self.key):
+            raise SettingError("cert and key go together")
+        for name, rule, told in SETTING_RULES:
+            value = getattr(self, name)
+            values = value if isinstance(value, tuple) else (value,)
+            if not all(re.fullmatch(rule, value) for value in values):
+                raise SettingError(f"{name} {told}")
 
     def update(self, given: dict[str, Any]) -> None:
         """Take over other values. Raises SettingError."""
@@ -437,6 +443,7 @@ def text(name: str, title: str, example: str, **more: Any) -> Field:
 ID = {"type": "integer", "minimum": 1, "maximum": MAX_ID}
 STAMP = {"type": "string", "format": "date-time"}
 STAMP_EXAMPLE = "2026-01-02T03:04:05.678Z"
+ROW_LIST = {"type": "array", "maxItems": 1000}
 ROW_ID = Field("id", "Number", ID, 1, column="id")
 LABEL = text("label", "Label", "work", schema={"maxLength": 50})
 COUNTRY = {"pattern": "^([A-Z]{2})?$", "maxLength": 2}
@@ -544,8 +551,8 @@ USER = Shape(
             column="user_mail",
             input="email",
         ),
-        Field("phone", "Phone", {"type": "array"}, [], rows="phone"),
-        Field("address", "Address", {"type": "array"}, [], rows="address"),
+        Field("phone", "Phone", ROW_LIST, [], rows="phone"),
+        Field("address", "Address", ROW_LIST, [], rows="address"),
         Field("version", "Version", ID, 1, read_only=True, column="version"),
         Field(
             "created", "Created", STAMP, STAMP_EXAMPLE, read_only=True, column="created"
@@ -679,6 +686,8 @@ class Checker(NamedTuple):
     def check_rows(self, place: Place, field: Field, value: Any) -> list[Item]:
         if not isinstance(value, list):
             raise ValueError("is not a list")
+        if len(value) > field.schema["maxItems"]:
+            raise ValueError(f"has more than {field.schema['maxItems']} entries")
         shape = SHAPES[field.rows]
         checker = Checker(shape, shape.names, self.faults)
         rows, seen = [], set()
@@ -1571,6 +1580,8 @@ class Store:
                 for place, item in batch:
                     if not seen.add(item.get("id")):
                         faults.add(place.fault("id", "stands twice"))
+                if id is not None:  # of one user, what it holds is told first
+                    faults.raise_worst()
                 self._save_batch(batch, how, check, conflict, faults, saved)
             if id is not None and faults.statuses == {404}:
                 raise no_user(id)
@@ -2624,8 +2635,7 @@ def read_csv(file: Any) -> Iterator[tuple[Place, Any]]:
     """The items of CSV (RFC 4180) with their physical lines; the header is line 1."""
     import csv
 
-    lines = io.TextIOWrapper(file, "utf-8-sig", newline="")
-    reader = csv.reader(lines, strict=True)
+    reader = csv.reader(decode_lines(file), strict=True)
     header: list[str] = []
     while True:
         place = Place("#", reader.line_num + 1)
@@ -2633,8 +2643,6 @@ def read_csv(file: Any) -> Iterator[tuple[Place, Any]]:
             cells = next(reader)
         except StopIteration:
             break
-        except UnicodeDecodeError:
-            raise Problem(400, f"line {place.line} or after: it is not UTF-8") from None
         except csv.Error as fault:
             yield place, BadLine(f"is not valid CSV: {fault}")
             continue
@@ -2645,9 +2653,20 @@ def read_csv(file: Any) -> Iterator[tuple[Place, Any]]:
             if any(cell[:1] == "'" for cell in cells):
                 cells = [unguard(cell) for cell in cells]
             yield place, csv_item(header, cells)
-    lines.detach()
     if not header:
         raise bad_header_line(["there is no header line"])
+
+
+def decode_lines(file: Iterable[bytes]) -> Iterator[str]:
+    """The lines of a text without its BOM. Raises Problem 400 with the line."""
+    for number, line in enumerate(file, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            fault = Place("#", number).fault(None, "is not UTF-8")
+            raise Problem(
+                400, f"line {number} is not UTF-8", [fault], total=1
+            ) from None
 
 
 def check_header(header: list[str]) -> None:
@@ -3750,14 +3769,15 @@ TOLD_HEADERS = {
     "/changes": "Last-Event-ID (a seq) resumes the event stream after that change.",
 }
 HOW = {"POST": "Create", "PUT": "Replace", "PATCH": "Merge"}
-#: Patterns that only validators can read, for \p is not known everywhere: who makes
-#: values up out of a schema stays with its `if`, as no schema can say that ids differ
-#: or that a cursor is one of ours. They stand at x-patterns of the document.
+#: Patterns of ECMA-262 that Python cannot read: who makes values up out of a schema stays
+#: with its `if`, as no schema can say that ids differ or that a cursor is one of ours.
+#: They stand at x-patterns of the document. The look-behind that ends them is always true.
 PATTERNS = {
-    "any": r"^\p{Any}*$",
-    "true": r"^(?=\p{Any})(?:true|1)$",
-    "cursor": r"^(?=\p{Any})[A-Za-z0-9_-]{16,}$",
-    "member": rf"^(?=\p{{Any}})(?:{'|'.join(VIEWS['v2'])})$",
+    "any": r"(?<=^[\s\S]*)$",
+    "true": r"^(?:true|1)$(?<=.*)",
+    "cursor": r"^[A-Za-z0-9_-]{16,}$(?<=.*)",
+    "member": rf"^(?:{'|'.join(VIEWS['v2'])})$(?<=.*)",
+    "plain": f"{PLAIN_NAME}(?<=.*)",
     "name": rf"^{_SPACE}[^{_BARRED}]*[^{_BARRED}{_UNSEEN}][^{_BARRED}]*{_SPACE}$",
 }
 UNTOLD = {name: {"$ref": f"#/x-patterns/{name}"} for name in PATTERNS}
@@ -3850,8 +3870,7 @@ def item_schema(shape: Shape, view: str, how: str) -> Item:
     for field in members_of(shape, view):
         sent = {"title": field.title, **field.schema}
         if many and "if" in sent:  # unlike() has the other half
-            del sent["if"]
-            sent.update(sent.pop("else"))
+            sent["if"] = UNTOLD["plain"]
         if field.rows:
             sent.update(unlike(SHAPES[field.rows], view, "Create"))
         if field.read_only or field.name == "id" and not many and how != "Create":
@@ -3879,10 +3898,14 @@ def one_of_schema(shape: Shape, partial: bool) -> Item:
 
 def example_item(shape: Shape, view: str, how: str) -> Item:
     """An item as it may be sent in this way."""
-    fields = [f for f in shape.columns if shape is not USER or f.name in VIEWS[view]]
-    fields = fields[-1:] if how.startswith("Merge") else fields
-    item = {"id": 1} if how.endswith("Many") else {}
-    return {**item, **{field.name: field.example for field in fields}}
+    rows = [f for f in members_of(shape, view) if f.rows]
+    fields = [f for f in members_of(shape, view) if f in shape.columns]
+    fields = fields[-1:] if how.startswith("Merge") else fields + rows
+    item: Item = {"id": 1} if how.endswith("Many") else {}
+    for f in fields:
+        inner = SHAPES.get(f.rows)
+        item[f.name] = [example_item(inner, view, "Create")] if inner else f.example
+    return item
 
 
 def example_shown(shape: Shape, view: str) -> Item:
@@ -4230,8 +4253,7 @@ def postman(url: str = "http://127.0.0.1:8080") -> Item:
                 folder = f"{told['tags'][0]} {version}".strip()
                 call = postman_call(method, path, told)
                 folders.setdefault(folder, []).append(call)
-    rows = {s.name: [example_item(s, "v2", "Create")] for s in SHAPES.values()}
-    user = {**example_item(USER, "v2", "Create"), **rows}
+    user = example_item(USER, "v2", "Create")
     items = [{**user, "id": n, "mail": f"{n}@example.org"} for n in (1, 1337)]
     items.append({**user, "mail": "postman@example.org"})
     scripts = [
@@ -5910,9 +5932,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as fault:
-        print(f"userapi: {fault.filename or ''}: {reason(fault)}", file=sys.stderr)
+        where = f"{fault.filename}: " if fault.filename else ""
+        print(f"userapi: {where}{reason(fault)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("userapi: interrupted", file=sys.stderr)
         return 1
 
 

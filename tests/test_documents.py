@@ -228,14 +228,14 @@ def test_every_problem_that_a_request_can_meet_is_in_an_answer():
 
 def test_real_problems_look_as_described(url):
     schema = DOCUMENT["components"]["schemas"]["Problem"]
-    item = {"name": "", "mail": "no", "phone": [{"number": "x"}]}
+    item = {"item": {"name": "", "mail": "no", "phone": [{"number": "x"}]}}
     for got, status in (
         (ask(f"{url}/api/user/77"), 404),
         (ask(f"{url}/api/user?nothing=1"), 400),
         (ask(f"{url}/api/user/0", "DELETE"), 405),
         (ask(f"{url}/api/changes", headers={"Accept": "text/css"}), 406),
         (ask(f"{url}/api/user", "POST", b"a=b", {"Content-Type": "text/css"}), 415),
-        (ask(f"{url}/api/v2/user", "POST", json.dumps({"item": item}).encode()), 422),
+        (ask(f"{url}/api/v2/user", "POST", json.dumps(item).encode(), JSON), 422),
     ):
         assert got[0] == status
         assert got[1]["Content-Type"] == "application/problem+json"
