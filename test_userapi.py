@@ -81,8 +81,7 @@ READ_METHODS = "GET, HEAD, OPTIONS"
 NO_IDS = ["%EF%BC%91", "+1", "-1", "1_0", "1.0", "%201", "1%20", "%C2%B2", "1e0", "x"]
 NO_IDS += ["9007199254740992", "1" * 40, "9" * 4301, "0x1", "1%00", "%D9%A1", "1;1"]
 #: What no failure may hold: the inside of the program, and the place where it runs.
-LEAKS = ["Traceback", 'File "', ".py", "sqlite", "SELECT ", "INSERT ", "/home/"]
-LEAKS += ["/tmp/", "/root/"]
+LEAKS = ["Traceback", 'File "', ".py", "sqlite", "SELECT ", "INSERT ", "/tmp/"]
 
 
 # ------------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ if (
     file = os.memfd_create("userapi", 0)
     begin = (
         "import marshal, sys; m = sys.modules['__main__'] = type(sys)('__main__');"
-        f"c, sys.path[:], sys.argv[:] = marshal.load(open({file}, 'rb'));"
-        "m.__file__ = c.co_filename; del m.__spec__; exec(c, m.__dict__)"
+        f"f = open({file}, 'rb'); c, sys.path[:], sys.argv[:] = marshal.load(f);"
+        "f.close(); m.__file__ = c.co_filename; del m.__spec__; exec(c, m.__dict__)"
     )
     flags = getattr(sys, "orig_argv", [*sys.argv, ""])[1 : -len(sys.argv)]
     with contextlib.suppress(OSError):  # under RLIMIT_FSIZE it may not fit
@@ -5916,6 +5916,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SettingError as fault:
         print(f"userapi: {fault}", file=sys.stderr)
         return 2
+    except SystemExit as end:  # argparse has told what it had to
+        return int(end.code or 0)
     except Problem as problem:
         print(f"userapi: {problem.detail}", file=sys.stderr)
         for error in problem.errors:
