@@ -5905,41 +5905,48 @@ STORE_SETTINGS = ("db", "unique_mail", "keep_changes")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0 done, 1 failed, 2 wrong usage or a refused setting."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help", "--version"):
-        arguments.insert(0, "serve")
     try:
-        if any(word.partition("=")[0] == "--token" for word in arguments):
-            raise SettingError("a token is no flag: set USERAPI_TOKEN or --token-file")
-        given = vars(build_parser().parse_args(arguments))
-        return run_command(given.pop("command"), given)
-    except SettingError as fault:
-        print(f"userapi: {fault}", file=sys.stderr)
-        return 2
+        return run_arguments(list(sys.argv[1:] if argv is None else argv))
     except SystemExit as end:  # argparse has told what it had to
         return int(end.code or 0)
-    except Problem as problem:
-        print(f"userapi: {problem.detail}", file=sys.stderr)
-        for error in problem.errors:
-            place = f"line {error['line']}: " if "line" in error else ""
-            print(
-                f"  {place}{error.get('pointer', '')} {error['detail']}",
-                file=sys.stderr,
-            )
-        return 1
-    except DATABASE_FAULTS as fault:
-        print(f"userapi: {database_problem(fault).detail}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # who reads our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as fault:
-        where = f"{fault.filename}: " if fault.filename else ""
-        print(f"userapi: {where}{reason(fault)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("userapi: interrupted", file=sys.stderr)
-        return 1
+    except (
+        SettingError,
+        Problem,
+        OSError,
+        KeyboardInterrupt,
+        *DATABASE_FAULTS,
+    ) as fault:
+        print(f"userapi: {explain(fault)}", file=sys.stderr)
+        return 2 if isinstance(fault, SettingError) else 1
+
+
+def run_arguments(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        arguments.insert(0, "serve")
+    if any(word.partition("=")[0] == "--token" for word in arguments):
+        raise SettingError("a token is no flag: set USERAPI_TOKEN or --token-file")
+    given = vars(build_parser().parse_args(arguments))
+    return run_command(given.pop("command"), given)
+
+
+def explain(fault: BaseException) -> str:
+    """Why a command failed, on one line, with a line more for each fault of an item."""
+    if isinstance(fault, Problem):
+        lines = [fault.detail]
+        for error in fault.errors:
+            place = f"line {error['line']}: " if "line" in error else ""
+            lines.append(f"  {place}{error.get('pointer', '')} {error['detail']}")
+        return "\n".join(lines)
+    if isinstance(fault, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(fault, OSError):
+        return f"{fault.filename or 'failed'}: {reason(fault)}"
+    if isinstance(fault, DATABASE_FAULTS):
+        return database_problem(fault).detail
+    return str(fault)
 
 
 def build_parser() -> Any:
