@@ -3769,9 +3769,9 @@ TOLD_HEADERS = {
     "/changes": "Last-Event-ID (a seq) resumes the event stream after that change.",
 }
 HOW = {"POST": "Create", "PUT": "Replace", "PATCH": "Merge"}
-#: Patterns of ECMA-262 that Python cannot read: who makes values up out of a schema stays
-#: with its `if`, as no schema can say that ids differ or that a cursor is one of ours.
-#: They stand at x-patterns of the document. The look-behind that ends them is always true.
+#: Patterns of ECMA-262 that Python cannot read: who makes values up out of a schema
+#: stays with its `if`, as no schema can say that ids differ or that a cursor is one of
+#: ours. They stand at x-patterns of the document; what ends them is always true.
 PATTERNS = {
     "any": r"(?<=^[\s\S]*)$",
     "true": r"^(?:true|1)$(?<=.*)",
