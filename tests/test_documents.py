@@ -506,7 +506,7 @@ def test_schemathesis_finds_nothing(seed, phases, paths, tmp_path):
         run(
             *(BIN / "schemathesis", "run", f"{url}/openapi.json", "--checks", "all"),
             *("--seed", seed, "--phases", phases, "--max-examples", "8"),
-            *("--include-path-regex", paths, "--no-color", "--workers", "2"),
+            *("--include-path-regex", paths, "--no-color"),
             seconds=200,
             cwd=tmp_path,
         )
