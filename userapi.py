@@ -342,7 +342,7 @@ SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B)))
 SPACE += "\u2028\u2029\u202f\u205f\u3000"
 _LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
 #: the HTML standard's rule for <input type=email>, and RFC 5321's 64 before the @
-MAIL = rf"^(?=[^@]{{1,64}}@)[a-zA-Z0-9.!#$%&'*+/=?^_`{{|}}~-]+@{_LABEL}(?:\.{_LABEL})*$"
+MAIL = rf"^[a-zA-Z0-9.!#$%&'*+/=?^_`{{|}}~-]{{1,64}}@{_LABEL}(?:\.{_LABEL})*$"
 PLAIN = {"id", "name", "mail"}
 PLAIN_NAMES = re.compile(r"(?:[!-~](?:[ -~]{0,198}[!-~])?\n)+")
 PLAIN_MAILS = re.compile(rf"(?:(?=.{{1,254}}\n){MAIL[1:-1]}\n)+")
@@ -350,7 +350,12 @@ _SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*"
 _BARRED = r"\p{Cc}\p{Cn}\u202a-\u202e\u2066-\u2069"
 _UNSEEN = r"\p{Cf}\p{Z}\u115f\u1160\u2800\u3164\uffa0"
 PLAIN_NAME = "^[!-~][ -~¡-¬®-ɏ]*$"
-NUMBER = r"^(?=(?:[^0-9]*[0-9]){3})\+?[0-9(][0-9 ()./-]*( ?x[0-9]+)?$"
+_ANY = r"[ ()./-]*"  # what may stand between digits
+#: ^\+?[0-9(][0-9 ()./-]*( ?x[0-9]+)?$ with 3 digits, those after the x included
+NUMBER = (
+    rf"^\+?(?:(?:[0-9]|\({_ANY}[0-9])(?:(?:{_ANY}[0-9]){{2}}[0-9 ()./-]*(?:x[0-9]+)?"
+    rf"|{_ANY}[0-9]{_ANY}x[0-9]+|{_ANY}x[0-9]{{2,}})|\({_ANY}x[0-9]{{3,}})$"
+)
 TIME = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(?:[Zz]|([+-]\d\d:\d\d))",
     re.ASCII,
@@ -2043,6 +2048,9 @@ class Store:
         try:
             target = sqlite3.connect(part, isolation_level=None)
             with contextlib.closing(target):
+                if self.wal:  # one snapshot: else each write would begin it anew
+                    source.execute("BEGIN")
+                    source.execute("SELECT 1 FROM users LIMIT 1").fetchall()
                 source.backup(
                     target,
                     pages=1000,
@@ -2059,6 +2067,8 @@ class Store:
         except OSError as fault:
             raise Problem(507, f"{path}: {reason(fault)}") from None
         finally:
+            if source.in_transaction:
+                source.execute("ROLLBACK")
             self._give(source)
             with contextlib.suppress(OSError):
                 os.remove(part)
