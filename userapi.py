@@ -827,7 +827,8 @@ MIGRATIONS = (
         "ALTER TABLE users ADD COLUMN last_phone INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE users ADD COLUMN last_address INTEGER NOT NULL DEFAULT 0",
         f"UPDATE users SET version = 1, created = {_NOW}, updated = {_NOW},"
-        " name_fold = fold(user_name), mail_fold = fold(user_mail)",
+        " name_fold = fold(CAST(user_name AS BLOB)),"
+        " mail_fold = fold(CAST(user_mail AS BLOB))",
         *(
             f"CREATE INDEX users_by_{name} ON users ({column})"
             for name, column in SORT_INDEXES
@@ -1168,7 +1169,10 @@ class Store:
 
     def _migrate(self, db: sqlite3.Connection) -> None:
         """Take the schema to what this version wants, in one transaction."""
-        db.create_function("fold", 1, fold, deterministic=True)
+        # of bytes, as what older programs stored need not be UTF-8
+        db.create_function(
+            "fold", 1, lambda data: fold(data.decode("utf-8", "replace"))
+        )
         if not any(self._wanted(db)):
             return
         db.execute("BEGIN IMMEDIATE")
@@ -1696,7 +1700,10 @@ class Store:
         count = max([highest, *(item["id"] for item in new if "id" in item)])
         rows = []
         for item in new:
-            count += "id" not in item
+            if "id" not in item:
+                count += 1
+                if count > MAX_ID:
+                    raise Problem(409, "there is no id left")
             id = item.setdefault("id", count)
             version = graves.get(id, 0) + 1
             stamps = [version, item.get("created", now), item.get("updated", now)]
@@ -1706,8 +1713,6 @@ class Store:
             rows.append([id, *stamps, *lasts, *columns, *folds])
             for name in SHAPES.keys() & item.keys():
                 self._put_rows(SHAPES[name], id, item[name], 1)
-        if count > MAX_ID:
-            raise Problem(409, "there is no id left")
         db.executemany(INSERT_SQL, rows)
         self._log(
             "create", [(item["id"], tuple(filter(item.get, LOGGED))) for item in new]
