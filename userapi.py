@@ -761,6 +761,7 @@ PAGE_ROWS = 500  # rows read at a time when all users are read
 SORTS = {"id": "user_id", "name": "name_fold", "mail": "mail_fold"}
 SORTS.update(created="created", updated="updated")
 SORT_INDEXES = [(name, column) for name, column in SORTS.items() if name != "id"]
+GRAVES = 100_000  # ids of deleted users whose last version is remembered
 MANY = 20_000  # users created at once from which on the indexes are made last
 TABLES = {"users": USER, "user_phone": PHONE, "user_address": ADDRESS}
 ORIGINAL = ["user_id", "user_name", "user_mail"]  # the first application's columns
@@ -840,7 +841,8 @@ MIGRATIONS = (
         " digest BLOB NOT NULL, status INTEGER NOT NULL, headers TEXT NOT NULL,"
         " body BLOB NOT NULL)",
         "CREATE INDEX retries_by_at ON retries (at)",
-        # the last version of each id that was deleted: no ETag ever comes twice
+        # the last version of each id that was deleted (of id 0: the highest of all that
+        # were left out, as the table is bounded), so that no ETag ever comes twice
         "CREATE TABLE graves (user_id INTEGER PRIMARY KEY, version INTEGER NOT NULL)",
         "CREATE TABLE tokens (name TEXT PRIMARY KEY, digest BLOB NOT NULL UNIQUE,"
         " role TEXT NOT NULL, created TEXT NOT NULL, used TEXT NOT NULL DEFAULT '')",
@@ -850,8 +852,8 @@ MIGRATIONS = (
         f" {log_sql('create', 'NEW.user_id', _BOTH)};"
         f" UPDATE users SET created = {_NOW}, updated = {_NOW},"
         " name_fold = lower(user_name), mail_fold = lower(user_mail),"
-        " version = 1 + coalesce((SELECT version FROM graves WHERE user_id ="
-        " NEW.user_id), 0) WHERE user_id = NEW.user_id; END",
+        " version = 1 + coalesce((SELECT max(version) FROM graves WHERE user_id IN"
+        " (NEW.user_id, 0)), 0) WHERE user_id = NEW.user_id; END",
         # INSERT OR REPLACE deletes without a word to the trigger on DELETE
         "CREATE TRIGGER users_replace BEFORE INSERT ON users WHEN NEW.version = 0 BEGIN"
         " INSERT OR REPLACE INTO graves SELECT user_id, version FROM users"
@@ -1705,7 +1707,8 @@ class Store:
                 if count > MAX_ID:
                     raise Problem(409, "there is no id left")
             id = item.setdefault("id", count)
-            version = graves.get(id, 0) + 1
+            floor = graves.get(0, 0) if id <= highest else 0
+            version = max(graves.get(id, 0), floor) + 1
             stamps = [version, item.get("created", now), item.get("updated", now)]
             lasts = [number_rows(item[n], 0) if n in item else 0 for n in SHAPES]
             columns = [item.get(field.name, "") for field in USER.columns]
@@ -1724,7 +1727,7 @@ class Store:
         if not ids:
             return {}
         marks = ", ".join("?" * len(ids))
-        sql = f"SELECT user_id, version FROM graves WHERE user_id IN ({marks})"
+        sql = f"SELECT user_id, version FROM graves WHERE user_id IN (0, {marks})"
         return dict(self.rows(sql, ids))
 
     def _drop_sorts(self) -> None:
@@ -1825,12 +1828,27 @@ class Store:
         if last % max(1, self.keep_changes // 1000) < scope.logged:  # not each time
             bound = (last - self.keep_changes,)
             db.execute("DELETE FROM changes WHERE seq <= ?", bound)
+        if last % (GRAVES // 10) < scope.logged:
+            self._bound_graves(db)
         if self.on_change:
             for seq, (at, actor, op, user, fields) in enumerate(scope.log, first):
                 change = {"seq": seq, "at": at, "actor": actor, "op": op, "user": user}
                 scope.changes.append({**change, "fields": json.loads(fields)})
         scope.log.clear()
         scope.logged = 0
+
+    def _bound_graves(self, db: sqlite3.Connection) -> None:
+        """Keep the graves of the highest ids; of all others the highest version."""
+        lower = "SELECT user_id FROM graves ORDER BY user_id DESC LIMIT -1 OFFSET ?"
+        highest = f"SELECT max(version) AS v FROM graves WHERE user_id IN ({lower})"
+        db.execute(
+            "INSERT OR REPLACE INTO graves"
+            f" SELECT 0, v FROM ({highest}) WHERE v IS NOT NULL",
+            (GRAVES,),
+        )
+        db.execute(
+            f"DELETE FROM graves WHERE user_id IN ({lower}) AND user_id > 0", (GRAVES,)
+        )
 
     # Phones and addresses
 

@@ -1884,15 +1884,15 @@ VERSION_1 = """
 BEGIN TRANSACTION;
 CREATE TABLE changes (seq INTEGER PRIMARY KEY, at TEXT NOT NULL, actor TEXT, op TEXT NOT
 NULL, user INTEGER NOT NULL, fields TEXT NOT NULL);
-INSERT INTO "changes" VALUES(1, '2026-11-27T18:53:44.393Z', NULL, 'create', 1,
+INSERT INTO "changes" VALUES(1, '2026-11-27T19:16:00.243Z', NULL, 'create', 1,
 '["name", "mail", "phone", "address"]');
-INSERT INTO "changes" VALUES(2, '2026-11-27T18:53:44.393Z', NULL, 'create', 2,
+INSERT INTO "changes" VALUES(2, '2026-11-27T19:16:00.243Z', NULL, 'create', 2,
 '["name", "mail"]');
-INSERT INTO "changes" VALUES(3, '2026-11-27T18:53:44.413Z', NULL, 'create', 1337,
+INSERT INTO "changes" VALUES(3, '2026-11-27T19:16:00.246Z', NULL, 'create', 1337,
 '["name", "mail"]');
-INSERT INTO "changes" VALUES(4, '2026-11-27T18:53:44.417Z', 'admin', 'update', 2,
+INSERT INTO "changes" VALUES(4, '2026-11-27T19:16:00.246Z', 'admin', 'update', 2,
 '["name"]');
-INSERT INTO "changes" VALUES(5, '2026-11-27T18:53:44.421Z', NULL, 'delete', 1337, '[]');
+INSERT INTO "changes" VALUES(5, '2026-11-27T19:16:00.247Z', NULL, 'delete', 1337, '[]');
 CREATE TABLE graves (user_id INTEGER PRIMARY KEY, version INTEGER NOT NULL);
 INSERT INTO "graves" VALUES(1337, 1);
 CREATE TABLE retries (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, at INTEGER NOT
@@ -1920,10 +1920,10 @@ DEFAULT '', updated TEXT NOT NULL DEFAULT '', name_fold TEXT NOT NULL DEFAULT ''
 mail_fold TEXT NOT NULL DEFAULT '', last_phone INTEGER NOT NULL DEFAULT 0, last_address
 INTEGER NOT NULL DEFAULT 0);
 INSERT INTO "users" VALUES(1, 'Ada Lovelace', 'ada@example.org', 1,
-'2026-11-27T18:53:44.393Z', '2026-11-27T18:53:44.393Z', 'ada lovelace',
+'2026-11-27T19:16:00.243Z', '2026-11-27T19:16:00.243Z', 'ada lovelace',
 'ada@example.org', 2, 1);
-INSERT INTO "users" VALUES(2, 'ZOË', 'Zoe@Example.org', 2, '2026-11-27T18:53:44.393Z',
-'2026-11-27T18:53:44.417Z', 'zoë', 'zoe@example.org', 0, 0);
+INSERT INTO "users" VALUES(2, 'ZOË', 'Zoe@Example.org', 2, '2026-11-27T19:16:00.243Z',
+'2026-11-27T19:16:00.246Z', 'zoë', 'zoe@example.org', 0, 0);
 CREATE INDEX users_by_name ON users (name_fold);
 CREATE INDEX users_by_mail ON users (mail_fold);
 CREATE INDEX users_by_created ON users (created);
@@ -1970,8 +1970,8 @@ changes (at, actor, op, user, fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now
 NULL, 'create', NEW.user_id, '["name", "mail"]'; UPDATE users SET created =
 strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), updated = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'),
 name_fold = lower(user_name), mail_fold = lower(user_mail), version = 1 +
-coalesce((SELECT version FROM graves WHERE user_id = NEW.user_id), 0) WHERE user_id =
-NEW.user_id; END;
+coalesce((SELECT max(version) FROM graves WHERE user_id IN (NEW.user_id, 0)), 0) WHERE
+user_id = NEW.user_id; END;
 CREATE TRIGGER users_replace BEFORE INSERT ON users WHEN NEW.version = 0 BEGIN INSERT OR
 REPLACE INTO graves SELECT user_id, version FROM users WHERE user_id = NEW.user_id; END;
 CREATE TRIGGER users_update AFTER UPDATE OF user_id, user_name, user_mail ON users WHEN
@@ -2062,6 +2062,28 @@ def everything(path):
         for table in TABLES
         if table in there
     }
+
+
+def test_what_is_remembered_of_deleted_users_is_bounded(tmp_path, monkeypatch):
+    """And still no version, so no ETag, comes twice for one id."""
+    monkeypatch.setattr(userapi, "GRAVES", 20)
+    store = userapi.Store(str(tmp_path / "users.db"))
+    (first,) = store.create_users([user("first")])
+    for n in range(5):
+        store.merge_users([{"id": first["id"], "name": f"name {n}"}])
+    store.delete_users([first["id"]])
+    for n in range(100):
+        (made,) = store.create_users([user(f"user {n}")])
+        assert made["version"] == 1
+        store.delete_users([made["id"]])
+    store.close()
+    assert rows(tmp_path / "users.db", "SELECT count(*) FROM graves")[0][0] < 30
+    (again,) = userapi.Store(str(tmp_path / "users.db")).create_users(
+        [{"id": first["id"], **user("again")}]
+    )
+    assert again["version"] == 7
+    (other,) = store.create_users([{"id": made["id"], **user("other")}])
+    assert other["version"] > 1
 
 
 @pytest.mark.parametrize("version", range(len(VERSIONS)))
