@@ -1468,7 +1468,8 @@ class Store:
 
     def get_user(self, id: int, view: str = "v2") -> Item:
         """A user as a dict. Raises Problem 404."""
-        shown = self.show_user(id, VIEWS[view]) if id <= MAX_ID else None
+        known = isinstance(id, int) and id <= MAX_ID
+        shown = self.show_user(id, VIEWS[view]) if known else None
         if shown is None:
             raise no_user(id)
         return dict(json.loads(shown[0]))
@@ -1512,10 +1513,13 @@ class Store:
         """
         try:
             found = Query(**query)
-            wrong = found.sort.lstrip("-") not in SORTS or (found.limit or 1) < 1
+            texts = [text for text in (found.q, found.name, found.mail) if text]
+            well = "".join(texts) is not None and found.sort.lstrip("-") in SORTS
+            well = well and len(found.after or (0, 0)) == 2
+            well = well and (found.limit is None or found.limit > 0)
         except (TypeError, AttributeError):
-            wrong = True
-        if wrong:
+            well = False
+        if not well:
             raise Problem(400, f"users are not found by {query}")
         return self._find_users(view, found)
 
@@ -2425,6 +2429,7 @@ class Operation(NamedTuple):
 
 
 SAFE = ("GET", "HEAD", "OPTIONS")
+METHODS = (*SAFE, "POST", "PUT", "PATCH", "DELETE")
 OPERATIONS: list[Operation] = []
 Handler = Callable[["Call"], Answer]
 
@@ -3607,7 +3612,7 @@ class UserAPI:
         if not path:
             raise Problem(400, "the path is not UTF-8")
         call.path = path
-        resource, call.args = find_resource(path)
+        resource, call.args = find_resource(path, call.method)
         call.base, call.view, operations = resource
         call.members = VIEWS[call.view]
         if call.method == "OPTIONS":
@@ -3726,14 +3731,17 @@ def problem_answer(problem: Problem) -> Answer:
     return Answer(problem.body(), problem.headers, PROBLEM_JSON, problem.status)
 
 
-def find_resource(path: str) -> tuple[Resource, dict[str, int]]:
-    """The resource at a path, and the path's parameters. Raises Problem 404."""
+def find_resource(path: str, method: str) -> tuple[Resource, dict[str, int]]:
+    """The resource at a path, and the path's parameters. Raises Problem 404, 405."""
     try:
         if path.isprintable():
             found = ROUTER.match({"REQUEST_METHOD": "GET", "PATH_INFO": path})
             return found  # type: ignore[no-any-return]
     except bottle.HTTPError:
         pass
+    if method not in METHODS:
+        allow = [("Allow", ", ".join(METHODS))]
+        raise Problem(405, "no resource has this method", headers=allow)
     version = re.match(r"/api/(v[0-9]+)(?:/|$)", path)
     if version and version[1] not in VIEWS:
         raise Problem(404, "there is no such version of the API; there are v1 and v2")
