@@ -8,6 +8,7 @@ refusal, a read or a dry run leaves nothing behind (`play`).
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import csv
@@ -17,10 +18,12 @@ import itertools
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
@@ -620,6 +623,35 @@ def test_a_database_that_someone_took_apart_is_a_failure_and_no_end(client):
     assert client("GET /health").status_int == 200
 
 
+def fault_of_sqlite(text: str, name: str = "") -> sqlite3.Error:
+    fault = sqlite3.OperationalError(text)
+    fault.sqlite_errorname = name
+    return fault
+
+
+FAULTS = [
+    (fault_of_sqlite("disk I/O error", "SQLITE_IOERR_WRITE"), 507),
+    (fault_of_sqlite("disk I/O error", "SQLITE_IOERR_READ"), 503),
+    (fault_of_sqlite("database or disk is full"), 507),
+    (fault_of_sqlite("database is locked"), 503),
+    (sqlite3.DatabaseError("database disk image is malformed"), 503),
+]
+
+
+@pytest.mark.parametrize("fault, status", FAULTS, ids=repr)
+def test_a_fault_of_sqlite_is_told_without_its_text(fault, status):
+    problem = userapi.database_problem(fault)
+    assert problem.status == status and dict(problem.headers)["Retry-After"]
+    assert str(fault) not in problem.detail
+    assert userapi.explain(fault) == problem.detail
+
+
+def test_a_fault_of_the_program_is_none_of_the_databases(client):
+    with pytest.raises(sqlite3.ProgrammingError):
+        client.app.store.rows("SELECT ?")
+    assert len(client.users()) == 4
+
+
 # ------------------------------------------------------------------------------------
 # Fields
 # ------------------------------------------------------------------------------------
@@ -780,6 +812,13 @@ ADDRESSES = [
 @scenarios(ADDRESSES)
 def test_what_a_phone_and_an_address_need(play, row):
     play(row)
+
+
+def test_a_list_has_a_thousand_entries_at_most(play):
+    for count, status in ((1000, 201), (1001, 422)):
+        item = {**GRACE, "phone": [MOBILE] * count}
+        has = at("#/item/phone") if status == 422 else ()
+        play(Row("POST /api/v2/user", status, has, body={"item": item}))
 
 
 BIDI = {chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
@@ -1057,6 +1096,28 @@ def test_opening_again_changes_nothing(connect, first):
     assert (run_sql(first, "SELECT * FROM users"), run_sql(first, SCHEMA)) == before
 
 
+def test_a_migration_that_fails_leaves_all_as_it_was(connect, first):
+    """Another program has an index of a name that it needs."""
+    run_sql(first, "CREATE INDEX users_by_mail ON users (user_mail)")
+    before = run_sql(first, "SELECT * FROM users"), run_sql(first, SCHEMA)
+    with pytest.raises(Problem):
+        UserAPI(db=str(first))
+    assert (run_sql(first, "SELECT * FROM users"), run_sql(first, SCHEMA)) == before
+    run_sql(first, "DROP INDEX users_by_mail")
+    assert len(connect(first).users()) == len(FIRST_ROWS)
+
+
+def test_a_new_field_is_a_new_column(connect, db, monkeypatch):
+    """One more row in the table of fields is all that it takes."""
+    field = userapi.text("note", "Note", "rings twice")
+    columns = userapi.ADDRESS.columns
+    monkeypatch.setattr(userapi.ADDRESS, "columns", (*columns, field))
+    assert len(connect().users()) == 4
+    names = [row[1] for row in run_sql(db, "PRAGMA table_info(user_address)")]
+    assert names.count("note") == 1 and "city" in names
+    assert run_sql(db, "SELECT note, city FROM user_address") == [("", "九龍")]
+
+
 FOREIGN_WRITES = [
     ("UPDATE users SET user_mail = 'new@example.org' WHERE user_id = 1", "update", 1),
     ("UPDATE users SET user_name = user_name || '!' WHERE user_id = 1", "update", 1),
@@ -1178,17 +1239,158 @@ def test_of_many_threads_with_one_etag_one_wins(client):
     assert sorted(statuses) == [200] + [412] * 7
 
 
-def test_a_file_that_another_program_holds_is_a_503(client):
-    """The other's lock outlasts our patience; the write leaves nothing, reads go on."""
-    with contextlib.closing(
-        sqlite3.connect(client.db, isolation_level=None, timeout=20)
-    ) as other:
+def test_a_file_that_another_program_holds_is_a_503(client, db):
+    """The other's lock outlasts our patience and a server's; the writes leave nothing,
+    reads go on."""
+    with contextlib.ExitStack() as stack:
+        _, url, _ = stack.enter_context(serving("--db", db, "--log", "off"))
+        other = sqlite3.connect(client.db, isolation_level=None, timeout=20)
+        stack.enter_context(contextlib.closing(other))
         other.execute("BEGIN IMMEDIATE")
+        served: list[Any] = []
+        thread = threading.Thread(
+            target=lambda: served.extend(fetch(url, "DELETE /api/user/2"))
+        )
+        thread.start()
         answer = client("DELETE /api/user/1")
         assert answer.status_int == 503 and int(answer.headers["Retry-After"]) > 0
         assert client("GET /api/user/1").status_int == 200
+        thread.join(60)
+        assert served[0] == 503 and int(served[1]["Retry-After"]) > 0
+        assert fetch(url, "GET /api/user/2")[0] == 200
         other.execute("ROLLBACK")
+        assert fetch(url, "DELETE /api/user/2")[0] == 200
+        assert client("DELETE /api/user/1").status_int == 200
+
+
+def test_a_write_that_another_programs_trigger_swallows_is_no_success(client):
+    """The statement itself decides, as it does where someone was faster."""
+    run_sql(
+        client.db,
+        "CREATE TRIGGER deaf BEFORE UPDATE ON users BEGIN SELECT RAISE(IGNORE); END",
+    )
+    before = snapshot(client)
+    assert client("PATCH /api/user/1", {"item": {"name": "A"}}).status_int == 412
+    assert client("POST /api/user/3/phone", {"item": MOBILE}).status_int == 412
+    assert snapshot(client) == before
+
+
+NO_ROOM = (503, 507)  # SQLite before 3.35 does not always say what it lacked
+
+
+@contextlib.contextmanager
+def no_room():
+    """No file of this process gets past a kilobyte, as on a disk that is full."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of that kind there")
+def test_a_commit_that_fails_leaves_nothing(client):
+    assert client("PATCH /api/user/2", {"item": {"name": "A"}}).status_int == 200
+    before = snapshot(client)
+    with no_room():
+        assert client("DELETE /api/user/1").status_int in NO_ROOM
+        answer = client("PATCH /api/user/2", {"item": {"name": "B"}})
+        assert answer.status_int in NO_ROOM
+        assert client("GET /api/user/1").status_int == 200
+    assert snapshot(client) == before
     assert client("DELETE /api/user/1").status_int == 200
+
+
+def test_a_group_that_sqlite_takes_back_is_refused_as_a_whole(client):
+    """Where the file may not grow, SQLite ends the transaction in the middle of it:
+    what was done before is gone as well, and nothing of it may be acknowledged."""
+    store, before = client.app.store, snapshot(client)
+    store.open_group()
+    ((pages,),) = store.rows("PRAGMA page_count")
+    store._group.execute(f"PRAGMA max_page_count = {pages}")
+    assert store.begin_group()
+
+    def rename(number: int) -> int:
+        item = {"name": f"N{number}"}
+        return client("PATCH /api/user/1", {"item": item}).status_int
+
+    statuses_ = [rename(0)]
+    while statuses_[-1] == 200 and len(statuses_) < 500:
+        statuses_.append(rename(len(statuses_)))
+    assert statuses_[0] == 200 and statuses_[-1] == 507
+    assert rename(0) == 507, "and so is what comes later in the group"
+    with pytest.raises(Problem) as refused:
+        store.commit_group()
+    assert refused.value.status == 507
+    assert snapshot(client) == before
+    store._group.execute("PRAGMA max_page_count = 1000000")
+    assert store.begin_group() and rename(1) == 200
+    store.commit_group()
+    assert client.users()[0]["name"] == "N1"
+    store.close_group()
+
+
+def test_a_group_that_cannot_begin_is_refused_and_the_next_one_is_not(client):
+    """Someone took the table away whose rows are written at its begin."""
+    store = client.app.store
+    store.open_group()
+    store.touch_token("ada", "2026-01-01")
+    run_sql(client.db, "ALTER TABLE tokens RENAME TO gone")
+    store.touch_token("bob", "2026-01-01")
+    assert not store.begin_group()
+    assert store.begin_group(wait=True)
+    with pytest.raises(Problem):
+        store.create_users([GRACE])
+    with pytest.raises(Problem):
+        store.commit_group()
+    run_sql(client.db, "ALTER TABLE gone RENAME TO tokens")
+    assert len(client.users()) == 4
+    assert store.begin_group()
+    store.create_users([GRACE])
+    store.commit_group()
+    assert len(client.users()) == 5
+    store.close_group()
+    store.close_group()
+    assert len(client.users()) == 5, "closed twice, it stays usable"
+
+
+FORK = """
+import os, sys, userapi
+store, gone = userapi.Store(sys.argv[1]), userapi.Store(":memory:")
+store.create_users([{"name": "Before", "mail": "b@x"}])
+del gone
+before = set(store._pool)
+child = os.fork()
+if not child:
+    store.create_users([{"name": "Child", "mail": "c@x"}])
+    sys.exit(bool(before & set(store._pool)))  # no connection may cross a fork
+assert os.waitpid(child, 0)[1] == 0
+store.create_users([{"name": "Parent", "mail": "p@x"}])
+print([user["name"] for user in store.find_users()][-3:], store.check())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
+def test_a_store_goes_on_in_both_processes_after_a_fork(db):
+    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    out = subprocess.run(
+        [sys.executable, "-c", FORK, str(db)],
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": paths},
+        text=True,
+    )
+    wanted = "['Before', 'Child', 'Parent'] []\n"
+    assert (out.returncode, out.stdout) == (0, wanted), out.stderr
+
+
+def test_a_store_needs_no_fork(connect, monkeypatch):
+    """As on Windows."""
+    monkeypatch.delattr(os, "register_at_fork", raising=False)
+    assert len(connect().users()) == 4
 
 
 @pytest.mark.parametrize("replaced", [False, True])
@@ -1372,6 +1574,26 @@ def test_a_thousand_users_are_read_page_by_page_inside(connect, tmp_path):
         assert [json.loads(line) for line in lines_] == whole
         rows = client(f"GET /api/user?sort={sort}&format=csv").text.split("\r\n")[1:-1]
         assert [int(row.split(",")[0]) for row in rows] == [u["id"] for u in whole]
+        page = client(f"GET /api/user?sort={sort}&limit=1000").json["results"]
+        assert page == whole[:1000]
+
+
+INDEXES = "SELECT name FROM sqlite_master WHERE type = 'index' ORDER BY 1"
+
+
+@pytest.mark.parametrize("unique", [False, True])
+def test_many_new_users_leave_every_index(connect, db, monkeypatch, unique):
+    """From a number on the indexes are made last; those of unique_mail never are."""
+    monkeypatch.setattr(userapi, "MANY", 60)
+    client = connect(unique_mail=unique)
+    before = run_sql(db, INDEXES)
+    items = [{"name": "N", "mail": f"n{n}@x"} for n in range(60)]
+    assert client("POST /api/user", {"items": items}).status_int == 201
+    assert run_sql(db, INDEXES) == before and len(before) >= 4
+    again = client("POST /api/user", {"items": items})
+    assert again.status_int == (409 if unique else 201)
+    assert run_sql(db, INDEXES) == before
+    assert run_sql(db, "PRAGMA integrity_check") == [("ok",)]
 
 
 # --- unique mail
@@ -1446,6 +1668,13 @@ STORE_REFUSALS = [
     (lambda store: store.create_users([{"id": 1, **GRACE}]), 409),
     (lambda store: store.replace_users([{"id": 99, **GRACE}]), 404),
     (lambda store: store.merge_users([{"id": 1, "name": None}]), 422),
+    (lambda store: store.find_users(sort="nonsense"), 400),
+    (lambda store: store.find_users(colour="red"), 400),
+    (lambda store: store.find_users(limit=0), 400),
+    (lambda store: store.find_users(q=5), 400),
+    (lambda store: store.get_user("1"), 404),
+    (lambda store: store.delete_rows(3, userapi.PHONE, [1, 9]), 404),
+    (lambda store: store.delete_rows(9, userapi.PHONE, [1]), 404),
 ]
 
 
@@ -1456,6 +1685,12 @@ def test_the_store_refuses_as_the_api_does(client, call_, status):
         call_(client.app.store)
     assert refused.value.status == status
     assert snapshot(client) == before
+
+
+def test_the_store_deletes_rows_of_a_user(client):
+    client.app.store.delete_rows(3, userapi.PHONE, [1])
+    assert client("GET /api/user/3/phone").json == {"results": []}
+    assert client.etag(3) == '"2"'
 
 
 def test_what_is_written_together_is_kept_together_or_not_at_all(client):
@@ -2025,6 +2260,7 @@ FORMATS = [
     Row("GET /api/user?format=csv&id=1&fields=name", 200,
         as_text("name\r\nSimone Giertz\r\n")),
     Row("GET /api/user?format=csv&id=99", 200, as_text("id,name,mail\r\n")),
+    Row("GET /api/user?format=ndjson&id=99", 200, as_text("")),
     accepting("text/csv", 200, *CSV_ANSWER),
     accepting("text/*", 200, *CSV_ANSWER),
     accepting("application/xml, text/csv;q=0.1", 200, *CSV_ANSWER),
@@ -2331,6 +2567,12 @@ def test_a_page_starts_where_the_last_ended_whatever_was_written(client):
     target = urlsplit(following)
     page = client(f"GET {target.path}?{target.query}")
     assert [user["id"] for user in page.json["results"]] == [2, 3]
+
+
+@pytest.mark.parametrize("cursor", ['["id", "1", 1]', '["name", 1, 1]', "[1, 1, 1]"])
+def test_a_cursor_that_was_made_up_is_refused(play, cursor):
+    after = base64.urlsafe_b64encode(cursor.encode()).decode().rstrip("=")
+    play(Row(f"GET /api/user?limit=1&after={after}", 400, "after"))
 
 
 @pytest.mark.parametrize("other", ["", "&sort=id", "&sort=-name", "&sort=mail"])
@@ -2771,6 +3013,37 @@ def test_a_reader_that_fell_behind_the_log_is_not_told_half_of_it(connect, strea
         client("PATCH /api/user/1", {"item": {"name": f"N{number}"}})
     assert b"id:" not in b"".join(one.chunks)
     assert stream(client, last_event_id="4").status.startswith("410")
+
+
+def test_a_silent_stream_says_that_it_lives(client, stream, monkeypatch):
+    monkeypatch.setattr(userapi, "HEARTBEAT", 0)
+    one = stream(client, "?since=4")
+    chunks = list(itertools.islice(one.chunks, 3))
+    assert chunks[0] == b"retry: 1000\n\n"
+    assert chunks[1].startswith(b":") and chunks[1].endswith(b"\n\n")
+    client("DELETE /api/user/1")
+    assert one.read(1)[0][0] == 5
+
+
+def test_under_another_server_a_stream_gives_its_thread_back(
+    client, stream, monkeypatch
+):
+    monkeypatch.setattr(userapi, "TURN", 0)
+    one = stream(client)
+    assert [number for number, _ in one.read(4)] == [1, 2, 3, 4]
+    assert list(itertools.islice(one.chunks, 3)) in ([], [b""])
+    again = stream(client, last_event_id="4")
+    assert list(itertools.islice(again.chunks, 3)) == [b"retry: 1000\n\n", b""]
+
+
+def test_a_stream_outlives_a_database_that_does_not_answer(client, stream):
+    one = stream(client, "?since=3")
+    assert one.read(1)[0][0] == 4
+    run_sql(client.db, "ALTER TABLE changes RENAME TO gone")
+    assert next(one.chunks) == b""
+    run_sql(client.db, "ALTER TABLE gone RENAME TO changes")
+    client("DELETE /api/user/1")
+    assert one.read(1)[0][0] == 5
 
 
 def test_a_last_event_id_that_is_none_is_refused(client, stream):
@@ -3494,6 +3767,16 @@ def test_without_cors_a_preflight_gets_nothing(connect):
     assert not [name for name in answer.headers if name.startswith("Access-Control")]
 
 
+def test_addresses_with_wrong_tokens_are_remembered_up_to_a_thousand(connect):
+    guard_ = connect(token=TOKEN).app.guard
+    for number in range(1100):
+        for _ in range(10 if number == 1099 else 1):
+            assert guard_.failed(f"10.0.{number // 256}.{number % 256}").status == 401
+    assert len(guard_.failures) == 1000
+    assert guard_.failed("10.0.4.75").status == 429, "the last one is still known"
+    assert guard_.failed("10.0.0.0").status == 401, "and the first one is not"
+
+
 # --- the rest of the application
 
 
@@ -3725,6 +4008,8 @@ WIRE = [
     (f"GET /{'a' * 9000}", [414]),
     (f"GET /health HTTP/1.1|{AT}X: {'a' * 17_000}||", [431]),
     (f"GET /health HTTP/1.1|{AT}" + "X: 1|" * 64 + "|", [431]),
+    (f"GET /health HTTP/1.1|{AT}Content-Length: 0||", [200]),
+    (f"{JSON_POST}Content-Length: 0||GET /health HTTP/1.1|{AT}|", [400, 200]),
     (f"GET /health HTTP/1.1|{AT}Content-Length: 2||xxGET /nothing HTTP/1.1|{AT}|",
         [200, 404]),
     (f"{JSON_POST}Content-Length: {SIZE}||{JSON_BODY}", [201]),
@@ -3894,6 +4179,182 @@ def test_writes_of_one_turn_fail_alone(db):
     assert run_sql(db, "SELECT count(*) FROM users") == [(24,)]
 
 
+# --- the server in this process, around an application that has faults of its own
+
+
+@contextlib.contextmanager
+def hosting(app: UserAPI):
+    """The server in a thread: itself and its URL."""
+    app.settings.update({"port": 0, "log": "off"})
+    socks, up = userapi.open_sockets(app.settings), threading.Event()
+    server = userapi.Server(app)
+    thread = threading.Thread(target=lambda: asyncio.run(server.run(socks, up.set)))
+    thread.start()
+    try:
+        assert up.wait(30)
+        yield server, userapi.server_url(app.settings, socks[0])
+    finally:
+        if not server.stopping:
+            server.loop.call_soon_threadsafe(server.stop)
+        thread.join(60)
+        app.close()
+    assert not thread.is_alive()
+
+
+def failing():
+    yield b"begun"
+    raise RuntimeError("secret")
+
+
+def raising():
+    raise RuntimeError("secret")
+
+
+LENGTH_5 = [("Content-Length", "5")]
+#: What the application that is wrapped around answers: headers, and a body's maker.
+AROUND = {
+    "/raises": ([], raising),
+    "/split": ([("X", "a\r\nInjected: 1")], lambda: [b"x"]),
+    "/fails": ([], failing),
+    "/longer": (LENGTH_5, lambda: iter([b"hel", b"lo wo", b"rld"])),
+    "/pieces": ([], lambda: iter([b"hel", b"lo"])),
+}
+
+
+class Around(UserAPI):
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        if environ["PATH_INFO"] not in AROUND:
+            return super().__call__(environ, start_response)
+        headers, make = AROUND[environ["PATH_INFO"]]
+        body = make()
+        start_response("200 OK", headers)
+        return body
+
+
+#: (what is asked, the status, how the answer ends)
+ANSWERED = [
+    ("GET /raises HTTP/1.1", 500, b"}"),
+    ("HEAD /raises HTTP/1.1", 500, b"\r\n\r\n"),
+    ("GET /split HTTP/1.1", 500, b"}"),
+    ("GET /pieces HTTP/1.1", 200, b"\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"),
+    ("GET /pieces HTTP/1.0", 200, b"\r\n\r\nhello"),
+    ("HEAD /pieces HTTP/1.1", 200, b"\r\n\r\n"),
+    ("GET /longer HTTP/1.1", 200, b"\r\n\r\nhello"),
+    ("GET /fails HTTP/1.1", 200, b"\r\n\r\n5\r\nbegun\r\n"),
+]
+
+
+@pytest.fixture(scope="module")
+def around(template, tmp_path_factory):
+    path = shutil.copy(template, tmp_path_factory.mktemp("around") / "users.db")
+    with hosting(Around(str(path))) as (_, url):
+        yield url
+
+
+@pytest.mark.parametrize("line, status, end", ANSWERED, ids=str)
+def test_an_application_around_it_cannot_break_the_protocol(around, line, status, end):
+    request = f"{line}\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    answer = talk(around, request.encode())
+    assert statuses(answer.replace(b"HTTP/1.0 ", b"HTTP/1.1 ")) == [status]
+    assert answer.endswith(end), answer
+    assert b"secret" not in answer and b"Injected" not in answer
+    if status == 500:
+        assert b"Content-Type: application/problem+json\r\n" in answer
+    assert statuses(fetch_raw(around)) == [200], "and the next client is served"
+
+
+@pytest.mark.parametrize("quick", [False, True], ids=["in-a-thread", "in-the-loop"])
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of that kind there")
+def test_an_answer_waits_for_its_commit(db, monkeypatch, quick):
+    """And is none of success where that fails, however quick the disk is."""
+    monkeypatch.setattr(userapi, "SLOW_SYNC", 60 if quick else 0)
+    with hosting(UserAPI(str(db))) as (_, url):
+        body = {"item": {"name": "A"}}
+        assert fetch(url, "PATCH /api/user/2", body)[0] == 200
+        with no_room():
+            assert fetch(url, "DELETE /api/user/1")[0] in NO_ROOM
+            assert fetch(url, "GET /api/user/1")[0] == 200
+        assert fetch(url, "DELETE /api/user/1")[0] == 200
+    assert run_sql(db, "SELECT user_id FROM users ORDER BY 1") == [(2,), (3,), (1337,)]
+
+
+def test_a_server_on_read_only_media(public):
+    with read_only(public), hosting(UserAPI(str(public / "users.db"))) as (_, url):
+        assert fetch(url, "DELETE /api/user/1")[0] == 503
+        assert json.loads(fetch(url, "GET /api/user")[2]) == {"results": SEED}
+
+
+def test_a_server_on_a_database_in_memory():
+    with hosting(UserAPI(":memory:")) as (_, url):
+        assert fetch(url, "POST /api/user", {"item": GRACE})[0] == 201
+        answer = {"results": [{"id": 1, **GRACE}]}
+        assert json.loads(fetch(url, "GET /api/user")[2]) == answer
+
+
+def test_who_hangs_up_before_the_answer_has_written_all_the_same(db):
+    with hosting(UserAPI(str(db))) as (server, url):
+        with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with dial(url) as sock:
+                sock.sendall(b"DELETE /api/user/1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                wait_until(lambda: server.committing)
+                reset = struct.pack("ii", 1, 0)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            wait_until(lambda: not server.connections)
+            other.execute("ROLLBACK")
+        wait_until(lambda: fetch(url, "GET /api/user/1")[0] == 404)
+
+
+def test_the_last_use_of_a_token_is_noted_while_it_serves(db, capfd):
+    token = add_token(capfd, db, "ada")
+    used = "SELECT used FROM tokens WHERE name = 'ada'"
+    with hosting(UserAPI(str(db))) as (_, url):
+        assert run_sql(db, used) == [("",)]
+        assert fetch(url, "GET /api/user/1", headers=bearer(token))[0] == 200
+        wait_until(lambda: parse_day(run_sql(db, used)[0][0]))
+
+
+def parse_day(text: str) -> Any:
+    return text and datetime.strptime(text, "%Y-%m-%d")
+
+
+def test_what_is_not_done_in_time_is_given_up(db, monkeypatch):
+    """A body that never ends does not keep the server from ending."""
+    monkeypatch.setattr(userapi, "GRACE", 0.2)
+    with hosting(UserAPI(str(db))) as (server, url), dial(url) as sock:
+        sock.sendall(JSON_POST.replace("|", "\r\n").encode())
+        sock.sendall(b"Content-Length: 50\r\n\r\nhalf")
+        wait_until(lambda: [one for one in server.connections if one.body])
+        server.loop.call_soon_threadsafe(server.stop)
+        assert hear(sock) == b""
+
+
+def test_a_signal_lets_what_was_begun_be_done(db):
+    """A body that is on its way is answered, idle connections and streams end."""
+    with contextlib.ExitStack() as stack:
+        process, url, _ = stack.enter_context(serving("--db", db, "--log", "off"))
+        slow, idle, events = [stack.enter_context(dial(url)) for _ in range(3)]
+        head = JSON_POST.replace("?dry_run=true", "").replace("|", "\r\n").encode()
+        slow.sendall(head + b"Content-Length: %d\r\n" % SIZE)
+        slow.sendall(b"Expect: 100-continue\r\n\r\n")
+        assert b"100 Continue" in slow.recv(99)
+        idle.sendall(ASK_HEALTH)
+        assert statuses(idle.recv(65536)) == [200]
+        events.sendall(
+            b"GET /api/changes?since=4 HTTP/1.0\r\nHost: localhost\r\n"
+            b"Accept: text/event-stream\r\n\r\n"
+        )
+        assert statuses(events.recv(65536)) == [200]
+        process.send_signal(signal.SIGTERM)
+        assert b"HTTP/" not in hear(idle)
+        hear(events)
+        assert process.poll() is None
+        slow.sendall(JSON_BODY.encode())
+        assert statuses(hear(slow)) == [201]
+        assert process.wait(30) == 0
+    assert run_sql(db, "SELECT count(*) FROM users") == [(5,)]
+
+
 def test_events_over_the_wire(db):
     with serving("--db", db, "--log", "off") as (process, url, _), dial(url) as sock:
         sock.sendall(
@@ -3973,7 +4434,7 @@ def test_a_client_that_takes_nothing_waits_alone(big):
 
 
 def test_a_client_that_takes_nothing_is_given_up(big):
-    args = ["--log", "off", "--send-timeout", "1"]
+    args = ["--log", "off", "--send-timeout", "2"]
     with serving("--db", big, *args) as (_, url, _), lazy(url) as sock:
         sock.sendall(ASK_ALL)
         metrics = "userapi_connections"
@@ -4105,6 +4566,9 @@ def test_tls(db, tmp_path):
                 connection.request("GET", path)
                 answer = connection.getresponse()
                 assert answer.status == 200 and b"Simone" in answer.read()
+        with context.wrap_socket(dial(url), server_hostname="127.0.0.1") as sock:
+            sock.sendall(b"nonsense\r\n\r\n")
+            assert statuses(hear(sock)) == [400]
 
 
 def test_a_key_that_is_none_is_refused(command, tmp_path):
@@ -4144,6 +4608,36 @@ def test_the_access_log(db, tmp_path, format_):
         assert found.group(2) == "GET /api/user/1 HTTP/1.1"
         assert (found.group(3), int(found.group(4))) == ("200", size)
         assert all(line.isprintable() and line.isascii() for line in entries)
+
+
+def test_a_slow_reader_of_the_log_keeps_nobody_waiting(db):
+    """The pipe is full long before; the lines wait, and none is lost."""
+    with serving("--db", db, out=subprocess.PIPE) as (process, url, _):
+        numbers = itertools.count()
+
+        def ask(size: int) -> str:
+            agent = {"User-Agent": f"{next(numbers):04}{'x' * size}"}
+            status, headers, _ = fetch(url, "GET /health", headers=agent)
+            assert status == 200
+            return headers["Date"]
+
+        for _ in range(30):
+            ask(4000)
+        wait_until(lambda: readable(process.stdout))
+        seconds = set[str]()  # after each of which the log is looked at
+        while len(seconds) < 2:
+            seconds.add(ask(1))
+        ask(1)
+        process.send_signal(signal.SIGTERM)
+        log = process.stdout.read()
+        assert process.wait(30) == 0
+    process.stdout.close()
+    found = [int(number) for number in re.findall('"([0-9]{4,})x+"', log)]
+    assert found == list(range(next(numbers))) and len(found) > 32
+
+
+def readable(file: Any) -> bool:
+    return bool(select.select([file], [], [], 0)[0])
 
 
 def talk(url: str, data: bytes) -> bytes:
@@ -4211,6 +4705,19 @@ def test_a_refused_variable_is_a_2_that_names_it(command, monkeypatch, name, tex
     assert name.lower() in err.lower().replace("-", "_")
 
 
+def test_a_public_address_without_a_token_makes_no_database(capfd, tmp_path):
+    path = tmp_path / "new.db"
+    args = ["--host", "0.0.0.0", "--port", "0", "--db", str(path)]
+    assert run_main(capfd, *args)[0] == 2
+    assert not path.exists()
+
+
+def test_a_unix_socket_where_there_are_none_is_refused(command, tmp_path, monkeypatch):
+    monkeypatch.delattr(socket, "AF_UNIX")
+    status, _, err = command("--unix", tmp_path / "s")
+    assert status == 2 and "Unix" in err
+
+
 def test_a_token_file_that_others_can_read_is_refused(command, tmp_path):
     path = tmp_path / "token"
     path.write_text(TOKEN + "\n")
@@ -4275,6 +4782,35 @@ def test_import(command, client, tmp_path):
     assert client("GET /api/user/1338").json["results"][0]["name"] == "Zoé"
 
 
+def test_a_dry_import_makes_no_database(capfd, tmp_path):
+    source = tmp_path / "in.csv"
+    source.write_text("name,mail\nA,a@b\n")
+    args = ["import", str(source), "--dry-run", "--db", str(tmp_path / "new.db")]
+    status, out, _ = run_main(capfd, *args)
+    assert (status, out) == (0, "1 created, 0 replaced, 0 skipped\n")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal there")
+def test_an_import_that_is_interrupted_keeps_nothing(db):
+    """More than a pipe holds has been taken, so it is in the midst of it."""
+    process = subprocess.Popen(
+        [*PROGRAM, "import", "-", "--db", str(db)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    process.stdin.write(b"name,mail\n" + b"A,a@b\n" * 30_000)
+    process.stdin.flush()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 1
+    with process:
+        out, err = process.stdout.read(), process.stderr.read()
+    assert (out, err) == (b"", b"userapi: interrupted\n")
+    assert run_sql(db, "SELECT count(*) FROM users") == [(4,)]
+
+
 def test_import_of_ndjson_and_export_are_lossless(command, client, db, tmp_path, capfd):
     first = tmp_path / "out.ndjson"
     command("export", first, "--format", "ndjson")
@@ -4308,6 +4844,12 @@ def test_an_export_is_what_its_name_says(command, tmp_path, end):
     assert command("export", tmp_path / f"out.{end}")[0] == 0
     assert command("export", tmp_path / "out", "--format", end)[0] == 0
     assert (tmp_path / f"out.{end}").read_bytes() == (tmp_path / "out").read_bytes()
+
+
+def test_an_export_to_a_name_that_says_no_format_asks_for_one(command, tmp_path):
+    status, _, err = command("export", tmp_path / "out.txt")
+    assert status == 2 and "--format" in err
+    assert not (tmp_path / "out.txt").exists()
 
 
 @pytest.mark.parametrize(
@@ -4374,6 +4916,26 @@ def test_backup_is_a_whole_copy(command, client, connect, tmp_path):
     assert command("backup", target)[0] == 0
     assert connect(target).users() == client.users()
     assert run_sql(target, "PRAGMA integrity_check") == [("ok",)]
+
+
+@pytest.mark.parametrize("end", ["-wal", "-journal"])
+def test_a_backup_goes_to_no_place_where_a_log_stands(command, tmp_path, end):
+    """SQLite would take it for the copy's own."""
+    target, beside = tmp_path / "copy.db", tmp_path / f"copy.db{end}"
+    beside.write_bytes(b"of another")
+    status, _, err = command("backup", target)
+    assert status == 1 and len(err.strip().splitlines()) == 1
+    assert not target.exists() and beside.read_bytes() == b"of another"
+
+
+def test_check_names_what_is_missing_and_what_is_nobodys(command, db):
+    run_sql(db, "DROP TRIGGER users_delete")
+    run_sql(db, "INSERT INTO user_phone (user_id, id, number) VALUES (99, 1, '112')")
+    status, out, err = command("check")
+    assert (status, out) == (1, "")
+    lines_ = err.splitlines()
+    assert len(lines_) == 2 and "users_delete" in lines_[0]
+    assert "user_phone" in lines_[1] and "1" in lines_[1]
 
 
 def test_check_of_a_whole_and_of_a_broken_database(command, client, db):
@@ -4517,6 +5079,31 @@ def test_without_bottle_one_line_says_how_to_get_it(tmp_path):
     assert out.returncode in (1, 2)
     assert len(out.stderr.strip().splitlines()) == 1
     assert "pip" in out.stderr and "bottle.py" in out.stderr
+
+
+@pytest.mark.parametrize("name", ["__main__", "alone"])
+def test_without_bottle_it_says_how_to_get_it_however_it_is_run(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "bottle", None)
+    code = compile((HERE / "userapi.py").read_bytes(), userapi.__file__, "exec")
+    with pytest.raises((SystemExit, ImportError)) as ended:
+        exec(code, {"__name__": name})  # and without a __spec__: it stays here
+    assert isinstance(ended.value, SystemExit) == (name == "__main__")
+    assert "pip" in str(ended.value) and "bottle.py" in str(ended.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="nothing is limited there")
+def test_it_starts_where_files_may_not_be_large():
+    """A file that it makes at its start is cut short then."""
+    import resource
+
+    out = subprocess.run(
+        [*PROGRAM, "--version"],
+        capture_output=True,
+        timeout=60,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, 2**17)),
+    )
+    assert (out.returncode, out.stdout) == (0, f"{userapi.__version__}\n"), out.stderr
 
 
 # ------------------------------------------------------------------------------------
