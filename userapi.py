@@ -1577,9 +1577,8 @@ class Store:
     ) -> Saved:
         """Create, replace or merge (`how`) all of the entries, or none of them.
 
-        `id` is the URI's, `check` is called with the version of each user before it
-        is changed (If-Match), `conflict` says what to do with a taken id, `times`
-        keeps created and updated of new users, `most` bounds the faults told.
+        `id` is the URI's, `check` sees the version of a user before it is changed,
+        `times` keeps created and updated of new users, `most` bounds the faults told.
         """
         rule: int | str = "optional" if how == "create" else "required"
         saved = Saved(*(array.array("q") for _ in range(3)))
