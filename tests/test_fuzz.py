@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -131,6 +132,18 @@ def test_the_cursor_reader(text):
 def test_a_cursor_is_read_as_it_was_written(sort, text, id):
     key = id if sort.endswith("id") else text
     assert userapi.read_cursor(userapi.write_cursor(sort, key, id)) == (sort, key, id)
+
+
+def test_the_core_suites_rules():
+    """What it asks of any name, mail, JSON, query and import, ten times as often."""
+    out = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "test_userapi.py", "-k", "test_any"],
+        cwd=Path(userapi.__file__).parent,
+        env={**os.environ, "USERAPI_FUZZ": str(10 * TIMES)},
+        capture_output=True,
+        text=True,
+    )
+    assert out.returncode == 0 and " passed" in out.stdout, out.stdout + out.stderr
 
 
 READERS = {
