@@ -25,12 +25,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes
 
 import h11
 import pytest
+from processes import USERAPI, Process, wait_for
 
-USERAPI = Path(__file__).resolve().parent.parent / "userapi.py"
 MIB = 1 << 20
 
 linux = pytest.mark.skipif(
@@ -43,97 +43,18 @@ linux = pytest.mark.skipif(
 # ---------------------------------------------------------------------------------
 
 
-def wait_for(condition, what, seconds=20.0):
-    """What `condition` returns once it is true: no test sleeps and hopes."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.01)
-    raise AssertionError(f"{what}: not within {seconds:g} s")
+class Server(Process):
+    """A server on a free port, on a database in a folder of its own."""
 
-
-class Server:
-    """A server process on a free port, and everything that it has said."""
+    unix = None
 
     def __init__(self, folder, *flags, argv=None, prefix=(), fds=(), port="0"):
         folder.mkdir(exist_ok=True)
         self.db = folder / "users.db"
-        self.output = folder / "output.txt"
         argv = argv or [USERAPI, "serve", "--db", self.db, "--log", "off"]
-        if port is not None:
-            argv = [*argv, "--port", port]
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("USERAPI_")}
-        with open(self.output, "wb") as output:
-            self.process = subprocess.Popen(
-                [str(part) for part in (*prefix, sys.executable, *argv, *flags)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=clean,
-                pass_fds=fds,
-            )
-        self.traced, self.faulty = bool(prefix), False
-        try:
-            self.url = wait_for(self.find_url, "the start line", 30)
-        except AssertionError:
-            self.kill()
-            raise
-        self.host, self.port = urlsplit(self.url).hostname, urlsplit(self.url).port
-        self.unix = None
-
-    def find_url(self):
-        assert self.process.poll() is None, f"it did not start: {self.said()}"
-        line = re.search(r"^userapi \S+ on (\S+) .*\n", self.said(), re.M)
-        return line and line[1]
-
-    def said(self):
-        return self.output.read_text("utf-8", "replace")
-
-    @property
-    def pid(self):
-        """The server's own process, which under strace is a child of the one begun."""
-        pid = self.process.pid
-        if not self.traced:
-            return pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return int(children[0]) if children else None
-
-    def memory(self):
-        """Bytes that it holds in memory now."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s*(\d+) kB", status)[1]) * 1024
-
-    def descriptors(self):
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
-
-    def signal(self, number):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid or self.process.pid, number)
-
-    def kill(self):
-        if self.process.poll() is None:
-            self.signal(signal.SIGKILL)
-        self.process.wait(10)
-
-    def stop(self):
-        """End it as a service manager does; nothing in this file may upset it."""
-        if self.process.poll() is None:
-            self.signal(signal.SIGTERM)
-        try:
-            code = self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise
-        calm = self.faulty or "Traceback" not in self.said()
-        assert code == 0 and calm, self.said()[-3000:]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        self.stop() if kind is None else self.kill()
+        end = () if port is None else ("--port", port)
+        output = folder / "output.txt"
+        super().__init__(output, [*argv, *end, *flags], prefix, pass_fds=fds)
 
 
 class CutOff(AssertionError):

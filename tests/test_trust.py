@@ -36,14 +36,13 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import CLEAN, USERAPI, Process, wait_for
 
 import userapi
 
-USERAPI = Path(userapi.__file__).resolve()
 KILLS = int(os.environ.get("USERAPI_KILLS") or 100)
 SOAK = int(os.environ.get("USERAPI_SOAK") or 10_000)
 MIB = 1 << 20
-CLEAN = {k: v for k, v in os.environ.items() if not k.startswith("USERAPI_")}
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="mounts, strace and /proc are Linux's"
@@ -55,66 +54,18 @@ pytestmark = pytest.mark.skipif(
 # ---------------------------------------------------------------------------------
 
 
-def wait_for(condition, what, seconds=30.0):
-    """What `condition` returns once it is true: no test sleeps and hopes."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.01)
-    raise AssertionError(f"{what}: not within {seconds:g} s")
-
-
-class Server:
-    """A server process on a free port; its database outlives it."""
+class Server(Process):
+    """A server on a free port; its database outlives it."""
 
     begun = []
 
     def __init__(self, db, *flags, prefix=(), env=None, preexec=None, output=None):
-        self.db, self.traced = Path(db), bool(prefix)
+        self.db = Path(db)
+        argv = [USERAPI, "serve", "--db", db, "--port", "0", "--log", "off", *flags]
         Server.begun.append(self)
-        self.output = Path(output or f"{db}.output")
-        argv = [*prefix, sys.executable, USERAPI, "serve", "--db", db, "--port", "0"]
-        with open(self.output, "wb") as said:
-            self.process = subprocess.Popen(
-                [str(part) for part in (*argv, "--log", "off", *flags)],
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
-                env={**CLEAN, **(env or {})},
-                preexec_fn=preexec,
-            )
-        try:
-            self.port = wait_for(self.find_port, "the start line")
-        except AssertionError:
-            self.kill()
-            raise
-
-    def find_port(self):
-        assert self.process.poll() is None, f"it did not start: {self.said()}"
-        found = re.search(r"^userapi \S+ on http://127\.0\.0\.1:(\d+)/", self.said())
-        return found and int(found[1])
-
-    def said(self):
-        return self.output.read_text("utf-8", "replace")
-
-    @property
-    def pid(self):
-        """The server's own process: a child of the one begun where that is strace."""
-        pid = self.process.pid
-        if self.traced:
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            pid = int(children[0]) if children else pid
-        return pid
-
-    def memory(self):
-        """Bytes that the process alone holds in memory now."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return int(re.search(r"RssAnon:\s*(\d+) kB", status)[1]) * 1024
-
-    def descriptors(self):
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+        super().__init__(
+            output or f"{db}.output", argv, prefix, env, preexec_fn=preexec
+        )
 
     def wal(self):
         """Bytes of the write-ahead log."""
@@ -122,31 +73,6 @@ class Server:
             return os.path.getsize(f"{self.db}-wal")
         except FileNotFoundError:
             return 0
-
-    def kill(self):
-        """The power cut."""
-        if self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-                os.kill(self.pid, signal.SIGKILL)
-        self.process.wait(20)
-
-    def stop(self):
-        """End it as a service manager does; nothing in this file may upset it."""
-        if self.process.poll() is None:
-            os.kill(self.pid, signal.SIGTERM)
-        try:
-            code = self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise
-        assert code == 0, self.said()
-        assert "Traceback" not in self.said(), self.said()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        self.stop() if kind is None else self.kill()
 
 
 class Gone(Exception):
