@@ -1359,23 +1359,24 @@ def test_a_group_that_sqlite_takes_back_is_refused_as_a_whole(client):
     store._group.execute(f"PRAGMA max_page_count = {pages}")
     assert store.begin_group()
 
-    def rename(number: int) -> int:
-        item = {"name": f"N{number}"}
-        return client("PATCH /api/user/1", {"item": item}).status_int
+    def create(number: int) -> int:
+        headers = {"Idempotency-Key": str(number)}
+        answer = client("POST /api/user", {"item": ADA}, headers=headers)
+        return answer.status_int
 
-    statuses_ = [rename(0)]
-    while statuses_[-1] == 200 and len(statuses_) < 500:
-        statuses_.append(rename(len(statuses_)))
-    assert statuses_[0] == 200 and statuses_[-1] == 507
-    assert rename(0) == 507, "and so is what comes later in the group"
+    statuses_ = [create(0)]
+    while statuses_[-1] == 201 and len(statuses_) < 500:
+        statuses_.append(create(len(statuses_)))
+    assert statuses_[0] == 201 and statuses_[-1] == 507
+    assert create(0) == 507, "and so is what comes later in the group"
     with pytest.raises(Problem) as refused:
         store.commit_group()
     assert refused.value.status == 507
     assert snapshot(client) == before
     store._group.execute("PRAGMA max_page_count = 1000000")
-    assert store.begin_group() and rename(1) == 200
+    assert store.begin_group() and create(0) == 201
     store.commit_group()
-    assert client.users()[0]["name"] == "N1"
+    assert client.users()[-1]["name"] == ADA["name"]
     store.close_group()
 
 
@@ -1624,22 +1625,25 @@ def test_a_thousand_users_are_read_page_by_page_inside(connect, tmp_path):
         assert page == whole[:1000]
 
 
-INDEXES = "SELECT name FROM sqlite_master WHERE type = 'index' ORDER BY 1"
+WITH_USERS = "SELECT sql FROM sqlite_master WHERE tbl_name = 'users' ORDER BY name"
 
 
 @pytest.mark.parametrize("unique", [False, True])
-def test_many_new_users_leave_every_index(connect, db, monkeypatch, unique):
-    """From a number on the indexes are made last; those of unique_mail never are."""
-    monkeypatch.setattr(userapi, "MANY", 60)
+@pytest.mark.parametrize("name", ["N", "Zoe\u0308"])
+def test_many_new_users_leave_every_index(connect, db, monkeypatch, unique, name):
+    """From a number on indexes and triggers are made last; with unique_mail never."""
+    monkeypatch.setattr(userapi, "BATCH", 20)
+    monkeypatch.setattr(userapi, "MANY", 40)
     client = connect(unique_mail=unique)
-    before = run_sql(db, INDEXES)
-    items = [{"name": "N", "mail": f"n{n}@x"} for n in range(60)]
-    assert client("POST /api/user", {"items": items}).status_int == 201
-    assert run_sql(db, INDEXES) == before and len(before) >= 4
-    again = client("POST /api/user", {"items": items})
+    before = run_sql(db, WITH_USERS)
+    rows = "name,mail\n" + "".join(f"{name},n{n}@x\n" for n in range(90))
+    assert client("POST /api/user", rows, SENT_CSV).status_int == 201
+    assert run_sql(db, WITH_USERS) == before and len(before) >= 9
+    again = client("POST /api/user", rows, SENT_CSV)
     assert again.status_int == (409 if unique else 201)
-    assert run_sql(db, INDEXES) == before
+    assert run_sql(db, WITH_USERS) == before
     assert run_sql(db, "PRAGMA integrity_check") == [("ok",)]
+    assert len(client("GET /api/user?mail=n89@X").json["results"]) == 2 - unique
 
 
 # --- unique mail
@@ -3364,6 +3368,43 @@ def test_any_name_goes_through_csv(scratch, names):
     rows = list(csv.reader(io.StringIO(text, newline="")))
     assert [row[1] for row in rows[1:]] == [csv_cell(name) for name in names]
     scratch(f"DELETE /api/user?id={wanted}")
+
+
+def test_an_import_of_columns_and_of_lines_are_the_same(client, tmp_path):
+    """What is looked at all at once (never where mails must be unique) is kept and
+    refused as what is looked at one by one."""
+    slow = Client(tmp_path / "slow.db", unique_mail=True)
+    texts = [kept for _, kept in NAMES] + [sent for sent, _ in NAMES]
+    texts += [name for name in BAD_NAMES if isinstance(name, str)]
+    for number, (name, mail) in enumerate([(n, "a@b") for n in texts] + CELLS):
+        mail = f"{number}{mail}"
+        buffer = io.StringIO(newline="")
+        csv.writer(buffer).writerows([["name", "mail"], [csv_cell(name), mail]])
+        one, two = (
+            each(
+                "POST /api/user", buffer.getvalue().encode("utf-8", "replace"), SENT_CSV
+            )
+            for each in (client, slow)
+        )
+        assert (one.status_int, one.json) == (two.status_int, two.json), name
+    client(
+        "DELETE /api/user?id="
+        + ",".join(str(user["id"]) for user in client.users()[:4])
+    )
+    for query in ("sort=name", "q=o\u0308", "q=%2B"):
+        line = f"GET /api/user?fields=name,mail&{query}"
+        assert client(line).json == slow(line).json
+    slow.close()
+
+
+def test_an_id_of_columns_stands_twice_in_a_later_line(client, monkeypatch):
+    monkeypatch.setattr(userapi, "BATCH", 2)
+    text = "id,name,mail\n10,A,a@b\n11,B,b@b\n12,C,c@b\n10,D,d@b\n11,E,\n"
+    row = Row("", 422, lines(5, 6))
+    check(client("POST /api/user", text, SENT_CSV), row)
+    assert len(client.users()) == 4
+    made = client("POST /api/user", text[: text.index("10,D")], SENT_CSV)
+    assert made.json["created"] == 3
 
 
 @REPEATABLE

@@ -60,6 +60,7 @@ import html
 import io
 import itertools
 import json
+import operator
 import re
 import signal
 import socket
@@ -343,9 +344,12 @@ SPACE += "\u2028\u2029\u202f\u205f\u3000"
 _LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
 #: the HTML standard's rule for <input type=email>, and RFC 5321's 64 before the @
 MAIL = rf"^[a-zA-Z0-9.!#$%&'*+/=?^_`{{|}}~-]{{1,64}}@{_LABEL}(?:\.{_LABEL})*$"
-PLAIN = {"id", "name", "mail"}
-PLAIN_NAMES = re.compile(r"(?:[!-~](?:[ -~]{0,198}[!-~])?\n)+")
-PLAIN_MAILS = re.compile(rf"(?:(?=.{{1,254}}\n){MAIL[1:-1]}\n)+")
+#: lines of cells that are stored as they are, if is_clean(); ' may guard a formula
+PLAIN = {
+    "id": re.compile(r"(?:[1-9][0-9]{0,14}\n)+"),
+    "name": re.compile(r"(?:[^ '\n](?:[^\n]{0,198}[^ \n])?\n)+"),
+    "mail": re.compile(rf"(?:(?=[^'\n][^\n]{{0,253}}\n){MAIL[1:-1]}\n)+"),
+}
 _SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*"
 _BARRED = r"\p{Cc}\p{Cn}\u202a-\u202e\u2066-\u2069"
 _UNSEEN = r"\p{Cf}\p{Z}\u115f\u1160\u2800\u3164\uffa0"
@@ -590,6 +594,9 @@ class Place(NamedTuple):
         return {"line": self.line, **fault} if self.line else fault
 
 
+Entry = tuple[Place, Any]  # an item as it was sent, and where it stands
+
+
 def escape_pointer(member: str) -> str:
     """A member's name within a pointer that is a URI fragment (RFC 6901 §6)."""
     return quote(member.replace("~", "~0").replace("/", "~1"), safe="~!$&'()*+,;=:@")
@@ -716,25 +723,48 @@ class Checker(NamedTuple):
                 values[field.name] = ""
 
 
-def is_plain(batch: list[tuple[Place, Any]]) -> bool:
-    """Whether these are items of an import with nothing in them to clean or refuse:
-    ids, ASCII names and mails, looked at all at once (one by one takes six times as
-    long)."""
-    names, mails = list[Any](), list[Any]()
-    for _, item in batch:
-        if type(item) is not dict or len(item) > 3 or item.keys() - PLAIN:
-            return False
-        if "id" in item and not (type(item["id"]) is int and 0 < item["id"] <= MAX_ID):
-            return False
-        names.append(item.get("name"))
-        mails.append(item.get("mail"))
-    try:
-        told = "\n".join(names) + "\n", "\n".join(mails) + "\n"
-    except TypeError:
+def is_clean(text: str) -> bool:
+    """Whether lines of text hold nothing that clean_name() looks at more closely."""
+    if not text.replace("\n", "").isprintable():
         return False
-    found = PLAIN_NAMES.fullmatch(told[0]) and PLAIN_MAILS.fullmatch(told[1])
-    lines = told[0].count("\n"), told[1].count("\n")
-    return bool(found) and lines == (len(batch), len(batch))
+    normal = text.isascii() or unicodedata.is_normalized("NFC", text)
+    return normal and (text.isascii() or INVISIBLE.isdisjoint(text))
+
+
+class Columns:
+    """Users of an import, as columns, with nothing in them to clean or to refuse.
+
+    `ids` is empty where the database counts. Iterated they are entries like others.
+    """
+
+    def __init__(
+        self, line: int, ids: list[int], names: Sequence[str], mails: Sequence[str]
+    ) -> None:
+        self.line, self.ids, self.names, self.mails = line, ids, names, mails
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[Entry]:
+        for n, (name, mail) in enumerate(zip(self.names, self.mails)):
+            id = {"id": self.ids[n]} if self.ids else {}
+            yield Place("#", self.line + n), {**id, "name": name, "mail": mail}
+
+
+def read_columns(line: int, header: list[str], rows: list[Any]) -> Columns | None:
+    """The users that these rows of cells are, if they are plain: looked at all at once,
+    as one by one takes six times as long."""
+    if not set(header) <= PLAIN.keys() or set(map(len, rows)) != {len(header)}:
+        return None
+    columns = dict(zip(header, zip(*rows)))
+    for name, cells in columns.items():
+        text = "\n".join(cells) + "\n"
+        if not PLAIN[name].fullmatch(text) or text.count("\n") != len(rows):
+            return None
+        if not is_clean(text):
+            return None
+    ids = list(map(int, columns.get("id", ())))
+    return Columns(line, ids, columns["name"], columns["mail"])
 
 
 def utc_now() -> str:
@@ -750,6 +780,10 @@ def fold(value: str) -> str:
     return unicodedata.normalize("NFC", value).casefold()
 
 
+def fold_all(values: Sequence[str]) -> Iterator[str]:
+    return map(str.lower if "".join(values).isascii() else fold, values)
+
+
 # ── Store ─────────────────────────────────────────────────────────────────────────
 
 LOW = 8 << 20  # bytes free on the disk from which on each write is looked at
@@ -762,6 +796,7 @@ SORTS = {"id": "user_id", "name": "name_fold", "mail": "mail_fold"}
 SORTS.update(created="created", updated="updated")
 SORT_INDEXES = [(name, column) for name, column in SORTS.items() if name != "id"]
 GRAVES = 100_000  # ids of deleted users whose last version is remembered
+BATCH = 1000  # items of a request or an import that are looked at together
 MANY = 20_000  # users created at once from which on the indexes are made last
 TABLES = {"users": USER, "user_phone": PHONE, "user_address": ADDRESS}
 ORIGINAL = ["user_id", "user_name", "user_mail"]  # the first application's columns
@@ -980,17 +1015,76 @@ class Saved(NamedTuple):
     skipped: array.array[int]
 
 
-class Transaction:
-    """What one request (or one call) writes together; begun by its first write."""
+class Log:
+    """Changes on their way into the log: when and by whom what was done to which users.
 
-    def __init__(self, actor: str | None, keep_changes: int) -> None:
-        self.actor = actor
-        self.now = utc_now()
+    Of very many only the last `most` are kept; those before still take their seq.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.clear()
+
+    def clear(self) -> None:
+        self.size = self.total = 0
+        self.entries: collections.deque[Any] = collections.deque()
+
+    def add(self, entry: tuple[str, str | None, str, Sequence[int], str]) -> None:
+        self.entries.append(entry)
+        self.size += len(entry[3])
+        self.total += len(entry[3])
+        while self.size - len(self.entries[0][3]) >= self.most:
+            self.size -= len(self.entries.popleft()[3])
+
+    def rows(self, last: int) -> Iterator[tuple[Any, ...]]:
+        """The rows of the table, `last` being the newest one's seq."""
+        seqs = itertools.count(last - self.size + 1)
+        for at, actor, op, ids, fields in self.entries:
+            for id in ids:
+                yield next(seqs), at, actor, op, id, fields
+
+
+class Transaction:
+    """What one request (or one call) writes together; begun by its first write.
+
+    All that is written while it is entered is kept together, or not at all. They nest:
+    an inner one joins the outer one, which is what `with` gives.
+    """
+
+    __slots__ = (
+        "actor", "changes", "connection", "frees", "grouped", "keep", "log", "now",
+        "store",
+    )  # fmt: skip
+
+    def __init__(self, store: Store, actor: str | None, keep: bool) -> None:
+        self.store, self.actor, self.keep, self.now = store, actor, keep, utc_now()
         self.connection: sqlite3.Connection | None = None
         self.grouped = self.frees = False
-        self.log: collections.deque[Any] = collections.deque(maxlen=keep_changes)
-        self.logged = 0
+        self.log = Log(store.keep_changes)
         self.changes: list[Item] = []
+
+    def __enter__(self) -> Transaction:
+        scope = self.store._scope
+        if scope.transaction is None:
+            self.store._lock.__enter__()
+            scope.transaction = self
+        return scope.transaction
+
+    def __exit__(self, kind: Any, fault: BaseException | None, trace: Any) -> None:
+        store = self.store
+        if store._scope.transaction is not self:
+            return
+        try:
+            store._end(self, self.keep and fault is None)
+        except DATABASE_FAULTS as late:
+            raise database_problem(late) from late
+        finally:
+            store._scope.transaction = None
+            store._lock.__exit__(None, None, None)
+        if isinstance(fault, DATABASE_FAULTS):
+            raise database_problem(fault) from fault
+        if self.keep and fault is None:
+            store._announce(self.changes)
 
 
 class Scope(threading.local):
@@ -1040,6 +1134,7 @@ class Store:
         self._group_thread = 0
         self._group_fault: Problem | None = None
         self._group_changes: list[Item] = []
+        self._group_log = Log(keep_changes)
         self._identity: tuple[int, int] | None = None
         self._touched: dict[str, str] = {}
         self._has_tokens = False, 0.0
@@ -1243,35 +1338,12 @@ class Store:
         except DATABASE_FAULTS as fault:
             raise database_problem(fault) from fault
 
-    @contextlib.contextmanager
-    def transaction(
-        self, actor: str | None = None, keep: bool = True
-    ) -> Iterator[Transaction]:
-        """All that is written inside is kept together, or not at all.
+    def transaction(self, actor: str | None = None, keep: bool = True) -> Transaction:
+        """What is to be written together, by `actor`: `with store.transaction(): …`.
 
-        Transactions nest: an inner one joins the outer one. `keep=False` does
-        everything and takes it back (a dry run).
+        `keep=False` does everything and takes it back (a dry run).
         """
-        if self._scope.transaction is not None:
-            yield self._scope.transaction
-            return
-        with self._lock:
-            scope = self._scope.transaction = Transaction(actor, self.keep_changes)
-            try:
-                yield scope
-                if keep:
-                    self._write_log(scope)
-                self._end(scope, keep)
-            except DATABASE_FAULTS as fault:
-                self._end(scope, False)
-                raise database_problem(fault) from fault
-            except BaseException:
-                self._end(scope, False)
-                raise
-            finally:
-                self._scope.transaction = None
-        if keep and not scope.grouped:
-            self._announce(scope.changes)
+        return Transaction(self, actor, keep)
 
     def _writer(self) -> sqlite3.Connection:
         """The connection of this thread's transaction, which begins here."""
@@ -1280,11 +1352,11 @@ class Store:
         if scope.connection is None:
             if self.read_only:
                 raise busy("the database is read-only", 60)
-            if self._group_thread == threading.get_ident() and self._group:
+            if group := self._own_group():
                 if self._group_fault:
                     raise self._group_fault
-                self._group.execute("SAVEPOINT request")
-                scope.connection, scope.grouped = self._group, True
+                group.execute("SAVEPOINT request")
+                scope.connection, scope.grouped = group, True
             else:
                 db = self._take()
                 try:
@@ -1300,26 +1372,46 @@ class Store:
         db = scope.connection
         if db is None:
             return
-        if not scope.grouped:
-            try:
-                self._commit(db, keep, scope.frees)
-            finally:
-                scope.connection = None
-                self._give(db)
-        elif db.in_transaction:
-            if not keep:
-                db.execute("ROLLBACK TO request")
-            elif self._low and not scope.frees:
-                self._require_room(db, self._file_size())
-            db.execute("RELEASE request")
-            self._group_changes += scope.changes if keep else []
-        else:  # SQLite rolled the whole group back
-            self._group_fault = Problem(507, "there is no room on the disk")
+        if scope.grouped:
+            self._end_part(scope, db, keep)
+            return
+        try:
+            self._commit(db, keep, scope.frees, scope.log, scope.changes)
+        finally:
+            scope.connection = None
+            self._give(db)
 
-    def _commit(self, db: sqlite3.Connection, keep: bool, frees: bool) -> None:
+    def _end_part(self, scope: Transaction, db: sqlite3.Connection, keep: bool) -> None:
+        if not db.in_transaction:  # SQLite rolled the whole group back
+            self._group_fault = Problem(507, DISK_FULL)
+            return
+        kept = False
+        try:
+            if keep and self._low and not scope.frees:
+                self._require_room(db, self._file_size())
+            kept = keep
+        finally:
+            if not kept:
+                db.execute("ROLLBACK TO request")
+            db.execute("RELEASE request")
+        if kept:
+            for entry in scope.log.entries:
+                self._group_log.add(entry)
+            self._group_changes += scope.changes
+        scope.changes = []  # they are the group's now
+
+    def _commit(
+        self,
+        db: sqlite3.Connection,
+        keep: bool,
+        frees: bool,
+        log: Log,
+        changes: list[Item],
+    ) -> None:
         """Commit if there is room for it or it frees some, else roll back and raise."""
         try:
             if keep and db.in_transaction:
+                self._write_log(db, log, changes)
                 size = self._file_size()
                 if not frees:
                     self._require_room(db, size)
@@ -1403,6 +1495,10 @@ class Store:
 
     # Writes that are committed together (the Server's turn)
 
+    def _own_group(self) -> sqlite3.Connection | None:
+        """The group's connection, in the thread whose writes are parts of it."""
+        return self._group if self._group_thread == threading.get_ident() else None
+
     def open_group(self) -> None:
         """From now on this thread's transactions are parts of a group."""
         self._group = self._connect()
@@ -1414,6 +1510,7 @@ class Store:
         """Begin one; False where another program holds the lock. `wait` waits 5 s."""
         assert self._group is not None
         self._group_fault, self._group_changes = None, []
+        self._group_log = Log(self.keep_changes)
         if self.read_only:
             return True
         try:
@@ -1438,7 +1535,8 @@ class Store:
         try:
             if self._group_fault:
                 raise self._group_fault
-            self._commit(db, True, frees=self._low)  # then each request was asked
+            frees = self._low  # then each request was asked
+            self._commit(db, True, frees, self._group_log, self._group_changes)
         except DATABASE_FAULTS as fault:
             raise database_problem(fault) from fault
         finally:
@@ -1558,14 +1656,14 @@ class Store:
     def _save(
         self, items: Iterable[Item], how: str, view: str, actor: str | None
     ) -> list[Item]:
-        places = ((Place(f"#/items/{n}"), item) for n, item in enumerate(items))
+        entries = ((Place(f"#/items/{n}"), item) for n, item in enumerate(items))
         with self.transaction(actor):
-            saved = self.save_users(places, how, VIEWS[view])
+            saved = self.save_users(batches(entries), how, VIEWS[view])
             return [self.get_user(id, view) for id in saved.created + saved.replaced]
 
     def save_users(
         self,
-        entries: Iterable[tuple[Place, Any]],
+        batches: Iterable[Iterable[Entry]],
         how: str,
         members: Sequence[str],
         *,
@@ -1575,34 +1673,60 @@ class Store:
         times: bool = False,
         most: int = 30_000,
     ) -> Saved:
-        """Create, replace or merge (`how`) all of the entries, or none of them.
+        """Create, replace or merge (`how`) all of the items, or none of them.
 
         `id` is the URI's, `check` sees the version of a user before it is changed,
         `times` keeps created and updated of new users, `most` bounds the faults told.
         """
         rule: int | str = "optional" if how == "create" else "required"
         saved = Saved(*(array.array("q") for _ in range(3)))
+        aside: list[str] | None = None
         faults, seen = Faults(most), Seen()
         checker = Checker(USER, members, faults, how == "merge", times)
         with self.transaction():
-            for batch in batches(entries, 1000):
-                if not (times and is_plain(batch)):
-                    batch = [
-                        (place, checker.check(place, item, rule if id is None else id))
-                        for place, item in batch
-                    ]
-                for place, item in batch:
-                    if not seen.add(item.get("id")):
+            for batch in batches:
+                if aside is None and len(saved.created) >= MANY:
+                    aside = self._set_aside()
+                if (
+                    isinstance(batch, Columns)
+                    and not faults.total
+                    and self._create_columns(batch, saved, seen)
+                ):
+                    continue
+                items = [
+                    (place, checker.check(place, item, rule if id is None else id))
+                    for place, item in batch
+                ]
+                for place, item in items:
+                    if "id" in item and not seen.add(item["id"]):
                         faults.add(place.fault("id", "stands twice"))
                 if id is not None:  # of one user, what it holds is told first
                     faults.raise_worst()
-                self._save_batch(batch, how, check, conflict, faults, saved)
+                self._save_batch(items, how, check, conflict, faults, saved)
             if id is not None and faults.statuses == {404}:
                 raise no_user(id)
             faults.raise_worst()
-            if len(saved.created) >= MANY:
-                self._index_sorts()
+            for statement in aside or ():
+                self._writer().execute(statement)
         return saved
+
+    def _create_columns(self, users: Columns, saved: Saved, seen: Seen) -> bool:
+        """Create plain users if their ids are new and rise; whether it was done."""
+        if self.unique_mail:
+            return False
+        db, now = self._writer(), self._now()
+        ((highest,),) = db.execute(f"SELECT {_HIGHEST}")
+        ids = users.ids or range(highest + 1, highest + 1 + len(users.names))
+        rising = highest < ids[0] and all(map(operator.lt, ids, ids[1:]))
+        if not rising or ids[-1] > MAX_ID:
+            return False
+        texts = users.names, users.mails
+        folds = (fold_all(column) for column in texts)
+        db.executemany(COLUMNS_SQL, zip(ids, *texts, *folds, itertools.repeat(now)))
+        self._log("create", ids, ("name", "mail"))
+        saved.created.extend(ids)
+        seen.extend(ids)
+        return True
 
     def _save_batch(
         self,
@@ -1622,8 +1746,6 @@ class Store:
             self._refuse_taken_mail(new, changed, conflict == "skip", faults, saved)
         if not faults.total:
             saved.created.extend(self._insert([item for _, item in new]))
-            if len(saved.created) == MANY:
-                self._drop_sorts()
             for _, row, item in changed:
                 self._update(row, item)
                 saved.replaced.append(row["id"])
@@ -1699,9 +1821,8 @@ class Store:
             return []
         db, now = self._writer(), self._now()
         ((highest,),) = db.execute(f"SELECT {_HIGHEST}")
-        graves = self._find_graves(
-            [i["id"] for i in new if i.get("id", highest + 1) <= highest]
-        )
+        used = [item["id"] for item in new if "id" in item and item["id"] <= highest]
+        graves = self._find_graves(used) if used else {}
         count = max([highest, *(item["id"] for item in new if "id" in item)])
         rows = []
         for item in new:
@@ -1710,42 +1831,36 @@ class Store:
                 if count > MAX_ID:
                     raise Problem(409, "there is no id left")
             id = item.setdefault("id", count)
-            floor = graves.get(0, 0) if id <= highest else 0
-            version = max(graves.get(id, 0), floor) + 1
-            stamps = [version, item.get("created", now), item.get("updated", now)]
+            version = 1
+            if id <= highest:
+                version += max(graves.get(id, 0), graves.get(0, 0))
+            times = item.get("created", now), item.get("updated", now)
+            folds = fold(item["name"]), fold(item["mail"])
             lasts = [number_rows(item[n], 0) if n in item else 0 for n in SHAPES]
-            columns = [item.get(field.name, "") for field in USER.columns]
-            folds = [fold(item["name"]), fold(item["mail"])]
-            rows.append([id, *stamps, *lasts, *columns, *folds])
+            columns = [item.get(name, "") for name in WRITTEN]
+            rows.append((id, version, *times, *lasts, *columns, *folds))
             for name in SHAPES.keys() & item.keys():
                 self._put_rows(SHAPES[name], id, item[name], 1)
+            self._log("create", (id,), tuple(filter(item.get, LOGGED)))
         db.executemany(INSERT_SQL, rows)
-        self._log(
-            "create", [(item["id"], tuple(filter(item.get, LOGGED))) for item in new]
-        )
-        return [item["id"] for item in new]
+        return [row[0] for row in rows]
 
     def _find_graves(self, ids: Sequence[int]) -> dict[int, int]:
         """The last version of each of these ids that was in use before."""
-        if not ids:
-            return {}
         marks = ", ".join("?" * len(ids))
         sql = f"SELECT user_id, version FROM graves WHERE user_id IN (0, {marks})"
         return dict(self.rows(sql, ids))
 
-    def _drop_sorts(self) -> None:
-        """Do without the indexes of the sort orders while many users are created,
-        where there were few before: to make them at the end is far quicker."""
-        if not self.unique_mail and self.count_users() < 2 * MANY:
-            for name, _ in SORT_INDEXES:
-                self._writer().execute(f"DROP INDEX users_by_{name}")
-
-    def _index_sorts(self) -> None:
-        """Make the indexes that _drop_sorts() dropped."""
-        for name, column in SORT_INDEXES:
-            self._writer().execute(
-                f"CREATE INDEX IF NOT EXISTS users_by_{name} ON users ({column})"
-            )
+    def _set_aside(self) -> list[str]:
+        """Do without the indexes and triggers of users while many are created, where
+        there were few before; to make the indexes at the end is far quicker. Gives the
+        statements that make them again."""
+        if self.unique_mail or self.count_users() >= 2 * MANY:
+            return []
+        made = self.rows(ASIDE_SQL)
+        for kind, name, _ in made:
+            self._writer().execute(f"DROP {kind} {name}")
+        return [statement for _, _, statement in made]
 
     def _update(self, row: Item, item: Item) -> int:
         """Write what the item holds into the user of the row; its new version."""
@@ -1781,7 +1896,7 @@ class Store:
         values = [*sets.values(), self._now(), row["id"], row["version"]]
         if self._writer().execute(sql, values).rowcount != 1:
             raise Problem(412, "someone was faster; read the user again")
-        self._log("update", [(row["id"], fields)])
+        self._log("update", (row["id"],), fields)
         return int(row["version"]) + 1
 
     def delete_users(
@@ -1794,6 +1909,7 @@ class Store:
         refuse_twice(ids)
         with self.transaction(actor) as scope:
             scope.frees = True
+            self._write_group_log(scope)
             there = self._rows_by_id([id for id in ids if id <= MAX_ID])
             missing = [id for id in ids if id not in there]
             if missing:
@@ -1801,44 +1917,49 @@ class Store:
             for id in ids:
                 if check:
                     check(there[id]["version"])
-                self._log("delete", [(id, ())])
-                self._write_log(scope)  # the trigger looks for it
+                self._log("delete", (id,), ())
+                # the trigger looks for it
+                self._write_log(self._writer(), scope.log, scope.changes)
                 self._writer().execute("DELETE FROM users WHERE user_id = ?", (id,))
 
     def _now(self) -> str:
         assert self._scope.transaction is not None
         return self._scope.transaction.now
 
-    def _log(self, op: str, users: Iterable[tuple[int, tuple[str, ...]]]) -> None:
-        """Have a row in the log of changes for each user at the transaction's end."""
+    def _log(self, op: str, ids: Sequence[int], names: tuple[str, ...]) -> None:
+        """Have a row in the log for each of these users when all is committed."""
         scope = self._scope.transaction
         assert scope is not None
-        now, actor, before = scope.now, scope.actor, len(scope.log)
-        scope.log.extend((now, actor, op, id, list_json(names)) for id, names in users)
-        scope.logged += len(scope.log) - before
+        scope.log.add((scope.now, scope.actor, op, ids, list_json(names)))
 
-    def _write_log(self, scope: Transaction) -> None:
-        """Write what was logged, and bound the log: what would go at once is left out,
-        though it takes its seq."""
-        if not scope.log:
+    def _write_group_log(self, scope: Transaction) -> None:
+        """Write what the group has logged, before the savepoint of a request that will
+        write its own: to take that back takes nothing else."""
+        group = self._own_group()
+        if group and not scope.connection and not self._group_fault:
+            try:
+                self._write_log(group, self._group_log, self._group_changes)
+            except DATABASE_FAULTS as fault:
+                self._group_fault = database_problem(fault)
+                raise
+
+    def _write_log(self, db: sqlite3.Connection, log: Log, changes: list[Item]) -> None:
+        """Write what was logged, bound the log, and note the changes to announce."""
+        if not log.entries:
             return
-        db = self._writer()
         ((last,),) = db.execute(f"SELECT {_LAST_SEQ}")
-        last += scope.logged
-        first = last - len(scope.log) + 1
-        rows = ((seq, *row) for seq, row in enumerate(scope.log, first))
-        db.executemany(LOG_SQL, rows)
-        if last % max(1, self.keep_changes // 1000) < scope.logged:  # not each time
+        last += log.total
+        db.executemany(LOG_SQL, log.rows(last))
+        if last % max(1, self.keep_changes // 1000) < log.total:  # not each time
             bound = (last - self.keep_changes,)
             db.execute("DELETE FROM changes WHERE seq <= ?", bound)
-        if last % (GRAVES // 10) < scope.logged:
+        if last % (GRAVES // 10) < log.total:
             self._bound_graves(db)
         if self.on_change:
-            for seq, (at, actor, op, user, fields) in enumerate(scope.log, first):
-                change = {"seq": seq, "at": at, "actor": actor, "op": op, "user": user}
-                scope.changes.append({**change, "fields": json.loads(fields)})
-        scope.log.clear()
-        scope.logged = 0
+            for row in log.rows(last):
+                change = dict(zip(CHANGE, row))
+                changes.append({**change, "fields": json.loads(change["fields"])})
+        log.clear()
 
     def _bound_graves(self, db: sqlite3.Connection) -> None:
         """Keep the graves of the highest ids; of all others the highest version."""
@@ -2112,9 +2233,14 @@ DAY = 24 * 60 * 60
 TABLES_SQL = (
     "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
 )
-LOG_SQL = (
-    "INSERT INTO changes (seq, at, actor, op, user, fields) VALUES (?, ?, ?, ?, ?, ?)"
+CHANGE = ("seq", "at", "actor", "op", "user", "fields")
+LOG_SQL = f"INSERT INTO changes ({', '.join(CHANGE)}) VALUES (?, ?, ?, ?, ?, ?)"
+#: the indexes and triggers of users, but those that SQLite makes for itself
+ASIDE_SQL = (
+    "SELECT type, name, sql FROM sqlite_master WHERE tbl_name = 'users'"
+    " AND type IN ('index', 'trigger') AND sql IS NOT NULL"
 )
+WRITTEN = tuple(field.name for field in USER.columns)
 LASTS = tuple(f"last_{name}" for name in SHAPES)
 LOGGED = tuple(f.name for f in USER.fields if f.name != "id" and not f.read_only)
 #: what a write reads of a user first, and the statement that reads it
@@ -2127,6 +2253,10 @@ INSERTED = ("user_id", "version", "created", "updated", *LASTS)
 INSERTED += (*(field.column for field in USER.columns), "name_fold", "mail_fold")
 INSERT_SQL = (
     f"INSERT INTO users ({', '.join(INSERTED)}) VALUES (?{', ?' * (len(INSERTED) - 1)})"
+)
+COLUMNS_SQL = (
+    "INSERT INTO users (user_id, user_name, user_mail, name_fold, mail_fold, created,"
+    " updated, version) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?6, 1)"
 )
 CHANGE_SQL = object_sql(
     [
@@ -2147,18 +2277,23 @@ def forget(store: weakref.ref[Store]) -> None:
 
 
 class Seen:
-    """The ids that stood before; a bit each, so that a million take little memory."""
+    """The ids that stood before: in bits, and rising ones one after the other, so that
+    a million take little memory."""
 
     def __init__(self) -> None:
         self.blocks: dict[int, int] = {}
+        self.rising = array.array("q")
 
-    def add(self, id: int | None) -> bool:
-        """Whether the id is new (None always is)."""
-        if id is None:
-            return True
+    def extend(self, ids: Iterable[int]) -> None:
+        """Add ids that rise, and are above all that were extended by before."""
+        self.rising.extend(ids)
+
+    def add(self, id: int) -> bool:
+        """Add an id; whether it is new."""
         bit, before = 1 << (id & 1023), self.blocks.get(id >> 10, 0)
         self.blocks[id >> 10] = before | bit
-        return not before & bit
+        at = bisect.bisect_left(self.rising, id)
+        return not before & bit and id not in self.rising[at : at + 1]
 
 
 @functools.lru_cache(maxsize=256)
@@ -2166,9 +2301,9 @@ def list_json(names: tuple[str, ...]) -> str:
     return to_json(names).decode()
 
 
-def batches(entries: Iterable[Any], size: int) -> Iterator[list[Any]]:
+def batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
     entries = iter(entries)
-    while batch := list(itertools.islice(entries, size)):
+    while batch := list(itertools.islice(entries, BATCH)):
         yield batch
 
 
@@ -2203,7 +2338,7 @@ def check_rows(
             item = {n: v for n, v in {**old, **item}.items() if v is not None}
         row = checker.check(place, item, rule if number is None else number)
         found = row.get("id")
-        if not seen.add(found):
+        if found and not seen.add(found):
             faults.add(place.fault("id", "stands twice"))
         elif how == "create" and found in there:
             faults.add(place.fault("id", "is taken"), 409)
@@ -2656,7 +2791,7 @@ def too_many(most: int) -> Problem:
     return Problem(413, f"{most} items are the most that a request may hold")
 
 
-def read_ndjson(file: Iterable[bytes]) -> Iterator[tuple[Place, Any]]:
+def ndjson_entries(file: Iterable[bytes]) -> Iterator[Entry]:
     """The items of NDJSON with their lines; a line that is no JSON is a fault."""
     for number, line in enumerate(file, 1):
         if number == 1:
@@ -2668,42 +2803,53 @@ def read_ndjson(file: Iterable[bytes]) -> Iterator[tuple[Place, Any]]:
                 yield Place("#", number), BadLine(f"is not valid JSON: {fault}")
 
 
-def read_csv(file: Any) -> Iterator[tuple[Place, Any]]:
+def read_ndjson(file: Iterable[bytes]) -> Iterator[list[Entry]]:
+    return batches(ndjson_entries(file))
+
+
+def read_csv(file: Any) -> Iterator[Columns | list[Entry]]:
     """The items of CSV (RFC 4180) with their physical lines; the header is line 1."""
     import csv
 
-    reader = csv.reader(decode_lines(file), strict=True)
-    header: list[str] = []
-    while True:
-        place = Place("#", reader.line_num + 1)
+    lines = itertools.chain([file.readline().removeprefix(BOM)], file)
+    reader = csv.reader(map(bytes.decode, lines), strict=True)
+    header, size, more = list[str](), 1, True
+    while more:
+        line, rows = reader.line_num + 1, list[Any]()
         try:
-            cells = next(reader)
-        except StopIteration:
-            break
-        except csv.Error as fault:
-            yield place, BadLine(f"is not valid CSV: {fault}")
-            continue
-        if cells and not header:
-            header = cells
-            check_header(header)
-        elif cells and (len(cells) > 1 or cells[0].strip()):
-            if any(cell[:1] == "'" for cell in cells):
-                cells = [unguard(cell) for cell in cells]
-            yield place, csv_item(header, cells)
+            rows.extend(itertools.islice(reader, size))
+            more = len(rows) == size
+        except csv.Error as fault:  # what came before it is in rows
+            rows.append(BadLine(f"is not valid CSV: {fault}"))
+        except UnicodeDecodeError:
+            raise no_text(reader.line_num + 1) from None
+        if header:
+            columns = read_columns(line, header, rows)
+            yield columns or list(csv_entries(line, header, rows))
+        elif rows and rows[0] and isinstance(rows[0], list):
+            check_header(header := rows[0])
+            size = BATCH
+        else:
+            yield list(csv_entries(line, header, rows))
     if not header:
         raise bad_header_line(["there is no header line"])
 
 
-def decode_lines(file: Iterable[bytes]) -> Iterator[str]:
-    """The lines of a text without its BOM. Raises Problem 400 with the line."""
-    for number, line in enumerate(file, 1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError:
-            fault = Place("#", number).fault(None, "is not UTF-8")
-            raise Problem(
-                400, f"line {number} is not UTF-8", [fault], total=1
-            ) from None
+def csv_entries(line: int, header: list[str], rows: list[Any]) -> Iterator[Entry]:
+    """The items of these rows, of which the first begins at the line."""
+    for cells in rows:
+        place = Place("#", line)
+        if isinstance(cells, BadLine):
+            yield place, cells
+            continue
+        line += 1 + sum(cell.count("\n") for cell in cells)
+        if cells and (len(cells) > 1 or cells[0].strip()):
+            yield place, csv_item(header, [unguard(cell) for cell in cells])
+
+
+def no_text(line: int) -> Problem:
+    fault = Place("#", line).fault(None, "is not UTF-8")
+    return Problem(400, f"line {line} is not UTF-8", [fault], total=1)
 
 
 def check_header(header: list[str]) -> None:
@@ -2759,20 +2905,23 @@ def import_users(
 ) -> Item:
     """Read CSV or NDJSON into the store, all of it or nothing, in bounded memory.
 
-    `most` bounds the items (413); `watch` is told each line. Gives the numbers of
-    users created, replaced and skipped. Raises Problem 422 or 409 with the bad lines.
+    `most` bounds the items (413); `watch` is told how many have been read. Gives the
+    numbers of users created, replaced and skipped. Raises Problem 422 or 409 with the
+    bad lines.
     """
 
-    def entries() -> Iterator[tuple[Place, Any]]:
-        for count, entry in enumerate(READERS[media](file)):
-            if most is not None and count >= most:
+    def watched() -> Iterator[Iterable[Entry]]:
+        count = 0
+        for batch in READERS[media](file):
+            count += len(batch)
+            if most is not None and count > most:
                 raise too_many(most)
-            watch(entry[0].line)
-            yield entry
+            watch(count)
+            yield batch
 
     members = VIEWS[view] if media == NDJSON else CSV_MEMBERS
     saved = store.save_users(
-        entries(), "create", members, conflict=conflict, times=True, most=IMPORT_FAULTS
+        watched(), "create", members, conflict=conflict, times=True, most=IMPORT_FAULTS
     )
     return {name: len(ids) for name, ids in zip(Saved._fields, saved)}
 
@@ -2968,7 +3117,7 @@ def create_user(call: Call) -> Answer:
         return Answer(done(**counts), status=201)
     items, one = read_items(call)
     conflict = call.params.get("conflict", "fail")
-    saved = call.store.save_users(items, "create", call.members, conflict=conflict)
+    saved = call.store.save_users([items], "create", call.members, conflict=conflict)
     ids = [*saved.created, *saved.replaced]
     return shown(call, ids, 201, one and len(ids) == 1)
 
@@ -2979,7 +3128,7 @@ def change_users(call: Call, how: str) -> Answer:
     if one:
         fault = {"pointer": "#", "detail": 'is not {"items": [{...}, ...]}'}
         raise Problem(422, "the envelope is not valid", [fault])
-    saved = call.store.save_users(items, how, call.members)
+    saved = call.store.save_users([items], how, call.members)
     return shown(call, saved.replaced, 200, one=False)
 
 
@@ -2987,7 +3136,7 @@ def change_user(call: Call, how: str) -> Answer:
     call.require_match()
     items, _ = read_items(call, one=True)
     id, check = call.args["id"], call.check_version
-    saved = call.store.save_users(items, how, call.members, id=id, check=check)
+    saved = call.store.save_users([items], how, call.members, id=id, check=check)
     return shown(call, saved.replaced, 200, one=True)
 
 
@@ -6078,9 +6227,8 @@ def run_import(store: Store, given: Item) -> int:
         size = os.fstat(file.fileno()).st_size
         progress = Progress("rows", size)
 
-        def watch(line: int) -> None:
-            if progress.active:
-                progress.show(progress.count + 1, file.tell() if size else 0)
+        def watch(count: int) -> None:
+            progress.show(count, file.tell() if size else 0)
 
         with store.transaction(keep=not given["dry_run"]):
             counts = import_users(

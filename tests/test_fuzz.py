@@ -96,22 +96,35 @@ def test_the_json_reader(data):
         userapi.to_json(value)  # so it holds no lone surrogate
 
 
+def read_entries(data: bytes, batch: int):
+    """What the CSV reader gives, so many rows at a time; its fault at the end."""
+    entries = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(userapi, "BATCH", batch)
+        try:
+            for found in userapi.read_csv(io.BytesIO(data)):
+                entries += found
+        except userapi.Problem as problem:
+            assert problem.status in (400, 422)
+            return entries, problem.detail
+    return entries, None
+
+
 @fuzz
 @given(joined(CSV))
 def test_the_csv_reader(data):
-    try:
-        entries = list(userapi.read_csv(io.BytesIO(data)))
-    except userapi.Problem as problem:
-        assert problem.status in (400, 422)
-    else:
-        lines = [place.line for place, _ in entries]
-        assert lines == sorted(lines) and all(line > 0 for line in lines)
+    entries, fault = read_entries(data, 1)
+    lines = [place.line for place, _ in entries]
+    assert lines == sorted(set(lines)) and all(line > 0 for line in lines)
+    again, same = read_entries(data, 1000)
+    assert same == fault and again == entries[: len(again)]
+    assert fault or again == entries
 
 
 @fuzz
 @given(joined([*JSON, b"\n"]))
 def test_the_ndjson_reader(data):
-    for place, item in userapi.read_ndjson(io.BytesIO(data)):
+    for place, item in userapi.ndjson_entries(io.BytesIO(data)):
         assert place.line > 0
         assert not isinstance(item, userapi.BadLine) or str(item)
 
