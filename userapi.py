@@ -99,27 +99,35 @@ Rows = list[Any]  # of tuples, as SQLite gives them
 
 
 class Setting(NamedTuple):
-    """A flag, a `USERAPI_*` variable, a keyword argument and a row of the README."""
+    """A flag, a `USERAPI_*` variable, a keyword argument and a row of the README.
+
+    Text in it matches `rule`, where there is one; else `fault` is said.
+    """
 
     name: str
     default: Any
     help: str
+    rule: str = ""
+    fault: str = ""
 
 
 SETTINGS = (
-    Setting("db", "users.db", "path of the SQLite file, or :memory:"),
+    Setting("db", "users.db", "path of the SQLite file, or :memory:",
+        r"(?!postgres(?:ql)?://).+", "is a file here: this version has no PostgreSQL"),
     Setting("host", "127.0.0.1", "address to listen on"),
     Setting("port", 8080, "port to listen on; 0 picks a free one"),
     Setting("unix", "", "path of a Unix socket to listen on instead"),
     Setting("cert", "", "TLS certificate chain (PEM file); goes with key"),
     Setting("key", "", "TLS private key (PEM file); goes with cert"),
-    Setting("token", "", "the admin token: a variable or keyword, never a flag"),
+    Setting("token", "", "the admin token: a variable or keyword, never a flag",
+        r"[\x21-\x7e]*", "may hold visible ASCII characters only"),
     Setting("token_file", "", "file that holds the admin token, for its owner alone"),
-    Setting("allow_host", (), "names that the Host header may have, by commas"),
-    Setting("cors", (), "origins whose pages may call the API, by commas"),
-    Setting(
-        "trusted_proxy", (), "addresses or networks whose X-Forwarded-* is believed"
-    ),
+    Setting("allow_host", (), "names that the Host header may have, by commas",
+        r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", "takes names without ports"),
+    Setting("cors", (), "origins whose pages may call the API, by commas",
+        r"[a-z][a-z0-9+.-]*://[^/\s]+", "takes origins like https://example.org"),
+    Setting("trusted_proxy", (),
+        "addresses or networks whose X-Forwarded-* is believed"),
     Setting("unique_mail", False, "refuse a mail address that another user has"),
     Setting("require_if_match", False, "refuse a change of one user without If-Match"),
     Setting("keep_changes", 100_000, "rows that the log of changes keeps"),
@@ -134,20 +142,9 @@ SETTINGS = (
     Setting("body_timeout", 20, "seconds for its body, and one more each 256 KiB"),
     Setting("idle_timeout", 30, "seconds that a connection may idle"),
     Setting("send_timeout", 20, "seconds without progress in taking an answer"),
-    Setting("log", "text", "access log: text, json or off"),
-)
-#: what text in a setting has to look like, and what is said where it does not
-SETTING_RULES = (
-    (
-        "db",
-        r"(?!postgres(?:ql)?://).+",
-        "is a file here: this version has no PostgreSQL",
-    ),
-    ("log", "text|json|off", "is text, json or off"),
-    ("token", r"[\x21-\x7e]*", "may hold visible ASCII characters only"),
-    ("allow_host", r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", "takes names without ports"),
-    ("cors", r"[a-z][a-z0-9+.-]*://[^/\s]+", "takes origins like https://example.org"),
-)
+    Setting("log", "text", "access log: text, json or off",
+        "text|json|off", "is text, json or off"),
+)  # fmt: skip
 TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -167,7 +164,7 @@ class Settings:
         unknown = set(given) - {setting.name for setting in SETTINGS}
         if unknown:
             raise SettingError(f"there is no setting {', '.join(sorted(unknown))}")
-        for name, default, _ in SETTINGS:
+        for name, default, *_ in SETTINGS:
             value = given.get(name)
             if value is None:
                 value = os.environ.get(f"USERAPI_{name.upper()}") or default
@@ -179,11 +176,11 @@ class Settings:
     def _refuse_wrong(self) -> None:
         if bool(self.cert) != bool(self.key):
             raise SettingError("cert and key go together")
-        for name, rule, told in SETTING_RULES:
+        for name, _, _, rule, fault in SETTINGS:
             value = getattr(self, name)
             values = value if isinstance(value, tuple) else (value,)
-            if not all(re.fullmatch(rule, value) for value in values):
-                raise SettingError(f"{name} {told}")
+            if rule and not all(re.fullmatch(rule, value) for value in values):
+                raise SettingError(f"{name} {fault}")
 
     def update(self, given: dict[str, Any]) -> None:
         """Take over other values. Raises SettingError."""
@@ -3342,7 +3339,7 @@ def events(call: Call, since: int | None) -> Iterator[bytes]:
         try:
             rows = call.store.changes(since, PAGE_ROWS)
             if rows:  # the token may have been revoked meanwhile
-                call.app.guard.admit(call, "/api/changes")
+                call.app.guard.admit(call)
         except Problem as problem:
             if problem.status != 503:  # left behind, too: the next try is told so
                 return
@@ -3513,11 +3510,11 @@ class Guard:
     def configured(self) -> bool:
         return self.digest is not None or self.store.has_tokens()
 
-    def admit(self, call: Call, path: str) -> None:
+    def admit(self, call: Call) -> None:
         """Let the call pass with its actor and role, or raise Problem 401, 403, 429."""
         environ = call.environ
         if self.configured:
-            if path != "/health" and not self.is_preflight(call):
+            if call.path != "/health" and not self.is_preflight(call):
                 self.authenticate(call)
             if self.settings.allow_host and not self.is_known(call):
                 raise Problem(403, "this Host is not one of allow_host")
@@ -3745,22 +3742,12 @@ class UserAPI:
         return iter(()) if call.method == "HEAD" else body
 
     def respond(self, call: Call) -> Answer:
-        """Guard, then resource, then operation. Raises Problem."""
-        environ = call.environ
-        self.guard.believe_proxy(environ)
-        if environ.get("SCRIPT_NAME"):
-            call.prefix = quote(environ["SCRIPT_NAME"], encoding="latin-1")
-        try:
-            path = environ.get("PATH_INFO", "").encode("latin-1").decode() or "/"
-        except UnicodeError:
-            path = ""
-        if path[-1:] == "/" and path != "/":
-            path = path[:-1]
-        self.guard.admit(call, path)
-        if not path:
-            raise Problem(400, "the path is not UTF-8")
-        call.path = path
-        resource, call.args = find_resource(path, call.method)
+        """Guard, resource, operation, parameters, format, body. Raises Problem."""
+        self.guard.believe_proxy(call.environ)
+        call.prefix = quote(call.environ.get("SCRIPT_NAME", ""), encoding="latin-1")
+        call.path = read_path(call.environ)
+        self.guard.admit(call)
+        resource, call.args = find_resource(call.path, call.method)
         call.base, call.view, operations = resource
         call.members = VIEWS[call.view]
         if call.method == "OPTIONS":
@@ -3771,14 +3758,7 @@ class UserAPI:
             raise Problem(405, f"this resource has {allow}", headers=[("Allow", allow)])
         call.operation = found
         read_params(call, found)
-        accept = call.header("ACCEPT")
-        if accept and "format" not in call.params:
-            media = negotiate(accept, found.answers)
-            if media is None:
-                raise Problem(406, f"there is {', '.join(found.answers)}")
-            call.media = media
-        else:
-            call.media = FORMATS[call.params.get("format", "json")]
+        call.media = choose_media(call, found.answers)
         if found.takes:
             self.read_body(call, found.takes)
         return self.write(call, found) if found.writes else found.run(call)
@@ -3879,8 +3859,30 @@ def problem_answer(problem: Problem) -> Answer:
     return Answer(problem.body(), problem.headers, PROBLEM_JSON, problem.status)
 
 
+def read_path(environ: Environ) -> str:
+    """The path without a slash at its end; empty where it is not UTF-8."""
+    try:
+        path = environ.get("PATH_INFO", "").encode("latin-1").decode() or "/"
+    except UnicodeError:
+        return ""
+    return path[:-1] if path[-1] == "/" and path != "/" else path
+
+
+def choose_media(call: Call, offered: tuple[str, ...]) -> str:
+    """The media type that `format` asks for, else Accept. Raises Problem 406."""
+    accept = call.header("ACCEPT")
+    if not accept or "format" in call.params:
+        return FORMATS[call.params.get("format", "json")]
+    media = negotiate(accept, offered)
+    if media is None:
+        raise Problem(406, f"there is {', '.join(offered)}")
+    return media
+
+
 def find_resource(path: str, method: str) -> tuple[Resource, dict[str, int]]:
-    """The resource at a path, and the path's parameters. Raises Problem 404, 405."""
+    """The resource at a path, and the path's parameters. Problem 400, 404, 405."""
+    if not path:
+        raise Problem(400, "the path is not UTF-8")
     try:
         if path.isprintable():
             found = ROUTER.match({"REQUEST_METHOD": "GET", "PATH_INFO": path})
@@ -6167,7 +6169,7 @@ def build_parser() -> Any:
 
 
 def add_settings(parser: Any, names: Sequence[str] | None) -> None:
-    for name, default, told in SETTINGS:
+    for name, default, told, *_ in SETTINGS:
         if name == "token" or names is not None and name not in names:
             continue
         flag = f"--{name.replace('_', '-')}"
