@@ -2334,6 +2334,10 @@ BAD_READS += [
     Row("GET /api/user?dry_run=true", 400, "dry_run"),
     Row("POST /api/user?dry_run=true&dry_run=true", 400, body={"item": GRACE}),
     Row("GET /api/changes?x=1", 400, "x"),
+    *(
+        Row("GET /api/changes", 400, "Last-Event-ID", headers={"Last-Event-ID": text})
+        for text in ("", "x", "-1", "9" * 16)
+    ),
 ]  # fmt: skip
 
 # --- formats

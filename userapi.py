@@ -347,10 +347,6 @@ PLAIN = {
     "name": re.compile(r"(?:[^ '\n](?:[^\n]{0,198}[^ \n])?\n)+"),
     "mail": re.compile(rf"(?:(?=[^'\n][^\n]{{0,253}}\n){MAIL[1:-1]}\n)+"),
 }
-_SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*"
-_BARRED = r"\p{Cc}\p{Cn}\u202a-\u202e\u2066-\u2069"
-_UNSEEN = r"\p{Cf}\p{Z}\u115f\u1160\u2800\u3164\uffa0"
-PLAIN_NAME = "^[!-~][ -~¡-¬®-ɏ]*$"
 _ANY = r"[ ()./-]*"  # what may stand between digits
 #: ^\+?[0-9(][0-9 ()./-]*( ?x[0-9]+)?$ with 3 digits, those after the x included
 NUMBER = (
@@ -531,13 +527,7 @@ USER = Shape(
         Field(
             "name",
             "Name",
-            {
-                "type": "string",
-                "minLength": 1,
-                "maxLength": 200,
-                "if": {"pattern": PLAIN_NAME},
-                "else": {"$ref": "#/x-patterns/name"},
-            },
+            {"type": "string", "minLength": 1, "maxLength": 200},
             "Simone Giertz",
             required=True,
             v1=True,
@@ -2472,11 +2462,7 @@ PARAMS = {
         ),
         Param(
             "after",
-            {
-                "type": ["string", "null"],
-                "if": {"type": "null"},
-                "else": {"$ref": "#/x-patterns/cursor"},
-            },
+            {"type": "string"},
             "The cursor out of `next`.",
             read_cursor,
         ),
@@ -3305,11 +3291,13 @@ def delete_row(call: Call) -> Answer:
 def list_changes(call: Call) -> Answer:
     """Who changed which members of whom; as server-sent events it stays open."""
     since, limit = call.params.get("since"), call.params.get("limit")
+    last = call.header("LAST_EVENT_ID")
+    try:
+        last_seq = since if last is None else PARAMS["since"].read(last)
+    except ValueError as fault:
+        raise bad_header("Last-Event-ID", str(fault)) from None
     if call.media == EVENTS:
-        last = call.header("LAST_EVENT_ID")
-        if last is not None and not re.fullmatch("[0-9]{1,16}", last):
-            raise bad_header("Last-Event-ID", "is the seq of a change")
-        since = int(last) if last else since
+        since = last_seq
         call.store.changes(since, 1)  # a 410 is said before the stream begins
         return Answer(events(call, since), [], EVENTS)
     rows = call.store.changes(since, limit or MAX_CHANGES)
@@ -3950,46 +3938,48 @@ HEADERS = {
     "Accept": "The media types to send.",
     "Retry-After": "Seconds after which to try again.",
 }
-IF_MATCH = "Only while the user's ETag is one of these; 412 when someone was faster."
-IF_NONE_MATCH = "The ETag of what is known already; then the answer is a 304."
-#: headers that are told of, but are no `parameters`: no schema can say what goes well
-TOLD_HEADERS = {
-    "POST": "Idempotency-Key (1 to 255 visible ASCII characters): the same request with"
-    " the same key is done once within a day and answered again as it was; not with"
-    " dry_run.",
-    "/changes": "Last-Event-ID (a seq) resumes the event stream after that change.",
-}
-HOW = {"POST": "Create", "PUT": "Replace", "PATCH": "Merge"}
-#: Patterns of ECMA-262 that Python cannot read: who makes values up out of a schema
-#: stays with its `if`, as no schema can say that ids differ or that a cursor is one of
-#: ours. They stand at x-patterns of the document; what ends them is always true.
-PATTERNS = {
-    "any": r"(?<=^[\s\S]*)$",
-    "true": r"^(?:true|1)$(?<=.*)",
-    "cursor": r"^[A-Za-z0-9_-]{16,}$(?<=.*)",
-    "member": rf"^(?:{'|'.join(VIEWS['v2'])})$(?<=.*)",
-    "plain": f"{PLAIN_NAME}(?<=.*)",
-    "name": rf"^{_SPACE}[^{_BARRED}]*[^{_BARRED}{_UNSEEN}][^{_BARRED}]*{_SPACE}$",
-}
-UNTOLD = {name: {"$ref": f"#/x-patterns/{name}"} for name in PATTERNS}
+#: no parameter: no schema can say that a key goes with one body and without dry_run
+IDEMPOTENCY_KEY = (
+    "With a header Idempotency-Key (1 to 255 visible ASCII characters) a request is"
+    " done once within a day, and its repetition answered as it was; not with dry_run."
+)
 TEXT: Item = {"type": "string"}
 COUNT: Item = {"type": "integer", "minimum": 0}
-SUCCESS: Item = {"code": {"const": 0}, "message": {"const": "SUCCESS"}}
-DONE: Item = {"code": 0, "message": "SUCCESS"}
+ACKNOWLEDGED: Item = {"code": {"const": 0}, "message": {"const": "SUCCESS"}}
+#: The one thing that is here for a tool: Schemathesis makes values up, and where no
+#: schema can say what goes well (ids that differ, an ETag, a cursor, CSV), it is told
+#: by `if` which values it may make up. `else` is true of every other value, but with
+#: none to draw: a property of ECMA-262 that Python's patterns do not have, or readOnly.
+GIVEN = {"$ref": "#/x-given"}
+X_GIVEN: Item = {"description": "Any that is given, by an answer or by whoever knows."}
+X_GIVEN.update(pattern=r"^\p{Any}*$", readOnly=True)
+PLAIN_NAME = "^[!-~][ -~¡-¬®-ɏ]*$"
+#: how items are sent; of Each, many in one request, and each names its id
+HOWS = ("Create", "Replace", "ReplaceEach", "Merge", "MergeEach")
+_AT: Item = {"seq": 1, "at": STAMP_EXAMPLE, "actor": None}
 SAMPLES: Item = {
     "/health": {"status": "ok"},
-    "/changes": {
-        "results": [
-            {
-                "seq": 1,
-                "at": STAMP_EXAMPLE,
-                "actor": None,
-                "op": "update",
-                "user": 1,
-                "fields": ["name"],
-            }
-        ]
+    "/changes": {"results": [{**_AT, "op": "update", "user": 1, "fields": ["name"]}]},
+}
+REQUEST_HEADERS: dict[str, tuple[str, Item]] = {
+    "If-Match": (
+        "Only while the user's ETag is one of these; 412 when someone was faster.",
+        {**TEXT, "if": {"const": "*"}, "else": GIVEN},
+    ),
+    "If-None-Match": ("The ETag of what is known already; then it is a 304.", TEXT),
+    "Last-Event-ID": (
+        "The seq of a change, after which the event stream goes on; beats since.",
+        PARAMS["since"].schema,
+    ),
+}
+GIVEN_PARAMS: dict[tuple[str, str], Item] = {
+    ("GET", "after"): {
+        "type": ["string", "null"],
+        "if": {"type": "null"},
+        "else": {"minLength": 16, **GIVEN},
     },
+    # what has been deleted for a try is still there
+    ("DELETE", "dry_run"): {**TEXT, "if": {"enum": ["false", "0"]}, "else": GIVEN},
 }
 
 
@@ -3997,33 +3987,41 @@ def ref(kind: str, name: str) -> Item:
     return {"$ref": f"#/components/{kind}/{name}"}
 
 
-def shape_name(shape: Shape, view: str, how: str = "") -> str:
-    return shape.name.title() + (view.upper() if shape is USER else "") + how
-
-
-def shape_ref(shape: Shape, view: str, how: str = "") -> Item:
-    return ref("schemas", shape_name(shape, view, how))
-
-
 def shape_of(found: Operation) -> Shape:
     return SHAPES.get(found.shape, USER)
+
+
+def is_about_users(found: Operation) -> bool:
+    return found.path.startswith("/user")
+
+
+def shape_name(shape: Shape, view: str, how: str = "") -> str:
+    return shape.name.title() + (view.upper() if shape is USER else "") + how
 
 
 def members_of(shape: Shape, view: str) -> list[Field]:
     return [f for f in shape.fields if shape is not USER or f.name in VIEWS[view]]
 
 
-def closed(properties: Item, required: Iterable[str] | None = None) -> Item:
+def closed(properties: Item, required: Iterable[str]) -> Item:
     """The schema of an object with these members and no others."""
-    names = list(properties if required is None else required)
-    schema = {"type": "object", "properties": properties, "required": names}
+    schema = {"type": "object", "properties": properties, "required": list(required)}
     return {**schema, "additionalProperties": False}
+
+
+def list_of(shape: Shape, view: str, how: str, **more: Any) -> Item:
+    """A list of what is sent, in which ids differ."""
+    schema = {"type": "array", "items": ref("schemas", shape_name(shape, view, how))}
+    other = {"items": {"properties": {"id": GIVEN}}}
+    return {**schema, **more, "if": {"maxItems": 1}, "else": other}
 
 
 def schema_of(sample: Any) -> Item:
     """The schema of what looks like this; null may also be a text."""
     if isinstance(sample, dict):
-        return closed({name: schema_of(value) for name, value in sample.items()})
+        return closed(
+            {name: schema_of(value) for name, value in sample.items()}, sample
+        )
     if isinstance(sample, list):
         return {"type": "array", "items": schema_of(sample[0])}
     if sample is None:
@@ -4037,124 +4035,121 @@ def shown_schema(shape: Shape, view: str) -> Item:
     for field in members_of(shape, view):
         kept = {k: v for k, v in field.schema.items() if k in ("type", "format")}
         if field.rows:
-            kept["items"] = shape_ref(SHAPES[field.rows], view)
+            kept["items"] = ref("schemas", shape_name(SHAPES[field.rows], view))
         properties[field.name] = {"title": field.title, **kept}
-    return closed(properties, [] if shape is USER else None)  # see the parameter fields
+    # of a user, the parameter fields may leave out any
+    return closed(properties, () if shape is USER else properties)
 
 
-def unlike(shape: Shape, view: str, how: str) -> Item:
-    """A list of items whose ids differ, which JSON Schema cannot say: see PATTERNS."""
-    schema = {"type": "array", "items": shape_ref(shape, view, how)}
-    if how == "Create":
-        counted = {"properties": {"id": {"readOnly": True}}}
-        return {**schema, "if": {"maxItems": 1}, "else": {"items": counted}}
-    plain = {f.name: f.schema["if"] for f in shape.fields if "if" in f.schema}
-    untold = {"properties": {shape.columns[0].name: {**TEXT, **UNTOLD["any"]}}}
-    one = {"maxItems": 1, "items": {"properties": plain}}
-    return {**schema, "if": one, "else": {"uniqueItems": True, "items": untold}}
+def sent_schema(field: Field, view: str) -> Item:
+    """What a member may hold."""
+    schema = {"title": field.title, **field.schema}
+    if field.rows:
+        return list_of(SHAPES[field.rows], view, "Create", **schema)
+    if field.clean:
+        schema.update({"if": {"pattern": PLAIN_NAME}, "else": GIVEN})
+    return schema
 
 
 def item_schema(shape: Shape, view: str, how: str) -> Item:
-    """What may be sent of a user or row in this way (HOW, with Many: in a list)."""
-    partial, many = how.startswith("Merge"), how.endswith("Many")
+    """What may be sent of a user or row; the id of a single one is the URI's."""
+    merge, each = how.startswith("Merge"), how.endswith("Each")
     properties, required = {}, []
     for field in members_of(shape, view):
-        sent = {"title": field.title, **field.schema}
-        if many and "if" in sent:  # unlike() has the other half
-            sent["if"] = UNTOLD["plain"]
-        if field.rows:
-            sent.update(unlike(SHAPES[field.rows], view, "Create"))
-        if field.read_only or field.name == "id" and not many and how != "Create":
-            sent["readOnly"] = True
-        elif field.name == "id" and many or field.required and not partial:
+        schema, id = sent_schema(field, view), field.name == "id"
+        if field.read_only or (id and how in ("Replace", "Merge")):
+            schema["readOnly"] = True
+        elif (id and each) or (field.required and not merge):
             required.append(field.name)
-        elif partial and not field.required:
-            sent["type"] = [sent["type"], "null"]
-        properties[field.name] = sent
-    return {**closed(properties, required), **one_of_schema(shape, partial)}
+        elif merge and not field.required:
+            schema["type"] = [schema["type"], "null"]
+        properties[field.name] = schema
+    return {**closed(properties, required), **one_of_schema(shape, merge)}
 
 
-def one_of_schema(shape: Shape, partial: bool) -> Item:
+def one_of_schema(shape: Shape, merge: bool) -> Item:
     """That an item needs one of some members; a merge may rely on what is there."""
-    wanted: Item = {}
-    for name in shape.one_of:
-        one = {"required": [name], "properties": {name: {**TEXT, "minLength": 1}}}
-        wanted = {"if": one, "else": wanted} if wanted else one
-    if not partial or not wanted:
-        return wanted
-    touched = {"anyOf": [{"required": [name]} for name in shape.one_of]}
-    untold = {"properties": {shape.columns[0].name: {**TEXT, **UNTOLD["any"]}}}
-    return {"if": touched, "then": {"if": {"allOf": [wanted]}, "else": untold}}
+    if not shape.one_of:
+        return {}
+    if merge:
+        filled = {name: {**TEXT, "minLength": 1} for name in shape.one_of}
+        given = dict.fromkeys(shape.one_of, GIVEN)
+        return {"if": {"properties": filled}, "else": {"properties": given}}
+    return {"not": {"properties": dict.fromkeys(shape.one_of, {"maxLength": 0})}}
 
 
-def example_item(shape: Shape, view: str, how: str) -> Item:
-    """An item as it may be sent in this way."""
-    rows = [f for f in members_of(shape, view) if f.rows]
-    fields = [f for f in members_of(shape, view) if f in shape.columns]
-    fields = fields[-1:] if how.startswith("Merge") else fields + rows
-    item: Item = {"id": 1} if how.endswith("Many") else {}
+def example_item(shape: Shape, view: str, how: str = "") -> Item:
+    """An item as it is shown or, with `how`, as it may be sent."""
+    fields = members_of(shape, view)
+    if how:
+        fields = [f for f in fields if f in shape.columns or f.rows]
+    if how.startswith("Merge"):
+        fields = [f for f in fields if not f.rows][-1:]
+    item: Item = {"id": 1} if how.endswith("Each") else {}
     for f in fields:
-        inner = SHAPES.get(f.rows)
-        item[f.name] = [example_item(inner, view, "Create")] if inner else f.example
+        rows = SHAPES.get(f.rows)
+        item[f.name] = [example_item(rows, view, how)] if rows else f.example
     return item
 
 
-def example_shown(shape: Shape, view: str) -> Item:
-    return {
-        f.name: [example_shown(SHAPES[f.rows], view)] if f.rows else f.example
-        for f in members_of(shape, view)
-    }
+def envelope_schema(shape: Shape, view: str, how: str) -> Item:
+    """The body of a request in JSON: an item, a list of items, or either."""
+    item = {"item": ref("schemas", shape_name(shape, view, how))}
+    items = {"items": list_of(shape, view, how, minItems=1)}
+    if how == "Create":
+        either = closed({**item, **items}, ())
+        return {**either, "minProperties": 1, "maxProperties": 1}
+    only = items if how.endswith("Each") else item
+    return closed(only, only)
+
+
+def how_of(found: Operation) -> str:
+    how = {"POST": "Create", "PUT": "Replace", "PATCH": "Merge"}[found.method]
+    return how + "Each" if found.bulk and how != "Create" else how
 
 
 def body_of(found: Operation, view: str) -> Item:
     """The request body of an operation, in each media type that it takes."""
-    shape, how = shape_of(found), HOW[found.method]
-    schema = shape_ref(shape, view, f"{how}One")
-    example: Item = {"item": example_item(shape, view, how)}
-    if found.bulk:
-        listed = shape_ref(shape, view, f"{how}Items")
-        schema = {"oneOf": [schema, listed]} if how == "Create" else listed
-        if how != "Create":
-            example = {"items": [example_item(shape, view, f"{how}Many")]}
+    shape, how = shape_of(found), how_of(found)
+    item = example_item(shape, view, how)
+    example: Item = {"items": [item]} if how.endswith("Each") else {"item": item}
+    schema = ref("schemas", shape_name(shape, view, f"{how}Body"))
     content: Item = {m: {"schema": schema, "example": example} for m in found.takes}
     if CSV in content:
         columns = [field for field in shape.columns if field.csv]
         rows = [[f.name for f in columns], [f.example for f in columns]]
         told = csv_lines(rows).decode()
-        text = {**TEXT, "if": {"const": told}, "else": UNTOLD["any"]}
+        text = {**TEXT, "if": {"const": told}, "else": GIVEN}
         content[CSV] = {"schema": text, "example": told}
-    if NDJSON in content:
-        line = to_json(example["item"]).decode()
+    if NDJSON in content:  # without an example, as Schemathesis cannot send it
+        line = to_json(item).decode()
         content[NDJSON] = {"schema": {**TEXT, "description": f"Lines like {line}"}}
     return {"required": True, "content": content}
 
 
 def answer_of(found: Operation, view: str) -> Item:
     """Schema and example of what an operation answers in JSON."""
-    if not found.path.startswith("/user"):
-        sample = SAMPLES.get(found.path)
-        if not sample:
-            return {"schema": {"type": "object"}}
-        schema = schema_of(sample)
-    elif found.method == "DELETE":
-        schema, sample = closed(SUCCESS), DONE
-    else:
-        results = {"type": "array", "items": shape_ref(shape_of(found), view)}
-        sample = {"results": [example_shown(shape_of(found), view)]}
-        schema = closed({"results": results})
-    if found.writes and found.method != "DELETE":
-        schema["properties"].update(SUCCESS)
-        schema["required"] += SUCCESS
-        sample = {**DONE, **sample}
+    sample = SAMPLES.get(found.path, {})
+    shape, rows = shape_of(found), is_about_users(found) and found.method != "DELETE"
+    if rows:
+        sample = {"results": [example_item(shape, view)]}
+    if found.writes:
+        sample = {"code": 0, "message": "SUCCESS", **sample}
+    if not sample:
+        return {"schema": {"type": "object"}}
+    schema = schema_of(sample)
+    properties = schema["properties"]
+    if found.writes:
+        properties.update(ACKNOWLEDGED)
+    if rows:
+        properties["results"]["items"] = ref("schemas", shape_name(shape, view))
     if "limit" in found.params:
-        schema["properties"]["next"] = {"type": ["string", "null"]}
+        properties["next"] = {"type": ["string", "null"]}
     if "count" in found.params:
-        schema["properties"]["total"] = COUNT
+        properties["total"] = COUNT
     if CSV in found.takes:  # an import is counted
-        schema["properties"].update(dict.fromkeys(Saved._fields, COUNT))
+        properties.update(dict.fromkeys(Saved._fields, COUNT))
         schema["required"].remove("results")
-        schema["if"] = {"required": ["results"]}
-        schema["else"] = {"required": list(Saved._fields)}
     return {"schema": schema, "example": sample}
 
 
@@ -4171,56 +4166,56 @@ def statuses_of(found: Operation) -> list[int]:
             statuses.add(428)
         if found.path == "/user/<id:id>":
             statuses.add(405)  # what is at /user/0 has no such method
-    elif found.path.startswith("/user"):
+    elif is_about_users(found):
         statuses.add(412)
     return sorted(statuses)
 
 
-def query_of(found: Operation, name: str, view: str) -> Item:
-    """A query parameter of an operation."""
+def query_schema(found: Operation, name: str, view: str) -> Item:
     schema = dict(PARAMS[name].schema)
-    needed = name == "id" and found.writes
-    if needed:
+    if name == "fields":
+        schema["items"] = {**TEXT, "enum": list(VIEWS[view])}
+    elif name == "id" and found.writes:
         schema["uniqueItems"] = True
-    if name == "fields":  # with CSV only its columns
-        schema["items"] = {
-            **TEXT,
-            "if": {"enum": list(CSV_MEMBERS)},
-            "else": UNTOLD["member"],
-        }
-        if view == "v1":
-            schema["items"] = {**TEXT, "enum": list(VIEWS[view])}
-    if name == "dry_run" and found.method == "DELETE":
-        schema = {**TEXT, "if": {"enum": ["false", "0"]}, "else": UNTOLD["true"]}
-    parameter: Item = {"name": name, "in": "query", "description": PARAMS[name].help}
-    if schema["type"] == "array":
-        parameter.update(style="form", explode=False)
-    return {**parameter, "required": needed, "schema": schema}
+    return GIVEN_PARAMS.get((found.method, name), schema)
 
 
 def parameters_of(found: Operation, path: str, view: str) -> list[Item]:
     """The parameters of an operation: of its path, its query and its header."""
     parameters: list[Item] = []
     for name in re.findall("{(.+?)}", path):
-        zero = name == "id" and found.method == "GET" and path.endswith("/user/{id}")
-        schema = (
-            {**ID, "minimum": 0} if zero else ID
-        )  # 0 are all, see list_users_of_old
-        told = {"description": f"The {name}.", "example": 1, "schema": schema}
-        parameters.append({"name": name, "in": "path", "required": True, **told})
-    parameters += [query_of(found, name, view) for name in found.params]
-    where: Item = {"in": "header", "required": False}
+        least = 0 if (found.method, found.path) == ("GET", "/user/<id:id>") else 1
+        schema = {**ID, "minimum": least}  # 0 are all, see list_users_of_old
+        told = parameter("path", name, f"The {name}.", schema, required=True)
+        parameters.append({**told, "example": 1})
+    for name in found.params:
+        schema, needed = query_schema(found, name, view), name == "id" and found.writes
+        told = parameter("query", name, PARAMS[name].help, schema, required=needed)
+        lists = {"style": "form", "explode": False} if "items" in schema else {}
+        parameters.append({**told, **lists})
+    for name in headers_of(found):
+        parameters.append(parameter("header", name, *REQUEST_HEADERS[name]))
+    return parameters
+
+
+def parameter(
+    where: str, name: str, told: str, schema: Item, required: bool = False
+) -> Item:
+    told_by = {"name": name, "in": where, "description": told}
+    return {**told_by, "required": required, "schema": schema}
+
+
+def headers_of(found: Operation) -> list[str]:
+    """The headers that an operation looks at."""
+    if is_about_users(found) and not found.writes:
+        return ["If-None-Match"]
     if found.writes and 412 in found.problems:
-        tags = {**TEXT, "if": {"const": "*"}, "else": UNTOLD["any"]}
-        where.update(name="If-Match", schema=tags, description=IF_MATCH)
-    elif found.path.startswith("/user") and not found.writes:
-        where.update(name="If-None-Match", schema=TEXT, description=IF_NONE_MATCH)
-    return parameters + [where] * ("name" in where)
+        return ["If-Match"]
+    return ["Last-Event-ID"] if EVENTS in found.answers else []
 
 
 def responses_of(found: Operation, view: str) -> Item:
     """What an operation can answer, by status."""
-    users, writes = found.path.startswith("/user"), found.writes
     content = {
         media.partition(";")[0]: answer_of(found, view)
         if media == JSON
@@ -4228,16 +4223,16 @@ def responses_of(found: Operation, view: str) -> Item:
         for media in found.answers
     }
     named = {
-        "ETag": users and found.method != "DELETE",
+        "ETag": is_about_users(found) and found.method != "DELETE",
         "Location": found.status == 201,
+        "Link": "limit" in found.params,
+        "Idempotency-Replayed": found.method == "POST",
     }
-    named["Link"] = "limit" in found.params
-    named["Idempotency-Replayed"] = found.method == "POST"
     headers = {name: ref("headers", name) for name, there in named.items() if there}
     told = STATUS[found.status].partition(" ")[2]
     success = {"description": told, "content": content, "headers": headers}
     responses: Item = {str(found.status): success}
-    if users and not writes:
+    if is_about_users(found) and not found.writes:
         responses["304"] = {"description": STATUS[304].partition(" ")[2]}
     for status in statuses_of(found):
         responses[str(status)] = ref("responses", f"Problem{status}")
@@ -4246,11 +4241,11 @@ def responses_of(found: Operation, view: str) -> Item:
 
 def describe(found: Operation, path: str, resource: Resource) -> Item:
     """The OpenAPI operation that an operation is at a resource."""
-    more = TOLD_HEADERS.get(found.method, TOLD_HEADERS.get(found.path, ""))
+    more = f" {IDEMPOTENCY_KEY}" if found.method == "POST" else ""
     described: Item = {
         "operationId": found.name + resource.base[4:].replace("/", "_"),
         "summary": found.summary,
-        "description": f"{found.summary} {more}".strip(),
+        "description": found.summary + more,
         "tags": [tag_of(found)],
         "parameters": parameters_of(found, path, resource.view),
         "responses": responses_of(found, resource.view),
@@ -4261,7 +4256,7 @@ def describe(found: Operation, path: str, resource: Resource) -> Item:
 
 
 def tag_of(found: Operation) -> str:
-    if found.path.startswith("/user"):
+    if is_about_users(found):
         return shape_of(found).plural
     return "changes" if found.path == "/changes" else "service"
 
@@ -4277,16 +4272,10 @@ def schemas() -> Item:
     for view in VIEWS:
         for shape in (USER, *SHAPES.values()):
             found[shape_name(shape, view)] = shown_schema(shape, view)
-            for how in HOW.values():
-                many = how if how == "Create" else f"{how}Many"
-                for each in dict.fromkeys((how, many)):
-                    found[shape_name(shape, view, each)] = item_schema(
-                        shape, view, each
-                    )
-                one, listed = shape_ref(shape, view, how), unlike(shape, view, many)
-                found[shape_name(shape, view, f"{how}One")] = closed({"item": one})
-                listed = closed({"items": {**listed, "minItems": 1}})
-                found[shape_name(shape, view, f"{how}Items")] = listed
+            for how in HOWS:
+                name = shape_name(shape, view, how)
+                found[name] = item_schema(shape, view, how)
+                found[f"{name}Body"] = envelope_schema(shape, view, how)
     return found
 
 
@@ -4313,9 +4302,10 @@ def openapi(prefix: str = "") -> Item:
         }
     told = (__doc__ or "").split("\n\n")[1].replace("\n", " ")
     told += " Every GET also answers HEAD, and every URI OPTIONS, with Allow."
-    schemes = {name: {"type": "http", "scheme": name} for name in ("bearer", "basic")}
     info: Item = {"title": "userapi", "version": __version__, "description": told}
     info["license"] = {"name": "MIT", "identifier": "MIT"}
+    schemes = {name: {"type": "http", "scheme": name} for name in ("bearer", "basic")}
+    headers = {n: {"schema": TEXT, "description": told} for n, told in HEADERS.items()}
     return {
         "openapi": "3.1.0",
         "info": info,
@@ -4323,15 +4313,13 @@ def openapi(prefix: str = "") -> Item:
         "security": [{}, *({name: []} for name in schemes)],
         "tags": [{"name": name} for name in dict.fromkeys(map(tag_of, OPERATIONS))],
         "paths": paths,
-        "x-patterns": {name: {"pattern": text} for name, text in PATTERNS.items()},
         "components": {
             "schemas": schemas(),
             "responses": {f"Problem{n}": problem_response(n) for n in PROBLEMS},
-            "headers": {
-                n: {"schema": TEXT, "description": t} for n, t in HEADERS.items()
-            },
+            "headers": headers,
             "securitySchemes": schemes,
         },
+        "x-given": X_GIVEN,
     }
 
 

@@ -377,24 +377,25 @@ from client.api.users import create_user_v2, delete_user_v2, get_user_v2
 from client.api.users import list_users_v2, merge_user_v2, replace_user_v2
 from client.api.users import get_user
 from client.api.phones import create_phone_v2
-from client.models import UserV2Create, UserV2CreateOne, UserV2Merge, UserV2MergeOne
-from client.models import UserV2Replace, UserV2ReplaceOne, PhoneCreate, PhoneCreateOne
+from client.models import ListUsersV2FieldsItem as Member
+from client.models import UserV2Create, UserV2CreateBody, UserV2Merge, UserV2MergeBody
+from client.models import UserV2Replace, UserV2ReplaceBody, PhoneCreate, PhoneCreateBody
 
 client = Client(base_url=sys.argv[1], raise_on_unexpected_status=True)
-one = UserV2CreateOne(item=UserV2Create(name="Ada", mail="ada@example.org"))
+one = UserV2CreateBody(item=UserV2Create(name="Ada", mail="ada@example.org"))
 made = create_user_v2.sync(client=client, body=one)
 assert (made.code, made.message) == (0, "SUCCESS"), made
 id = made.results[0].id
 found = get_user_v2.sync(id, client=client).results[0]
 assert (found.name, found.mail, found.version) == ("Ada", "ada@example.org", 1), found
 assert found.created.tzinfo is not None
-number = PhoneCreateOne(item=PhoneCreate(number="112"))
+number = PhoneCreateBody(item=PhoneCreate(number="112"))
 create_phone_v2.sync(id, client=client, body=number)
 item = UserV2Replace(name="Ada L.", mail="ada@example.com")
-replace_user_v2.sync(id, client=client, body=UserV2ReplaceOne(item=item))
-merge = UserV2MergeOne(item=UserV2Merge(name="Ada Lovelace"))
+replace_user_v2.sync(id, client=client, body=UserV2ReplaceBody(item=item))
+merge = UserV2MergeBody(item=UserV2Merge(name="Ada Lovelace"))
 merge_user_v2.sync(id, client=client, body=merge)
-listed = list_users_v2.sync(client=client, q="LOVE", limit=10, fields=["name"])
+listed = list_users_v2.sync(client=client, q="LOVE", limit=10, fields=[Member.NAME])
 (found,) = listed.results
 assert found.name == "Ada Lovelace", found
 found = get_user_v2.sync(id, client=client).results[0]
