@@ -1458,6 +1458,32 @@ def test_a_group_that_sqlite_takes_back_is_refused_as_a_whole(client):
     store.close_group()
 
 
+def test_a_write_alone_that_fails_later_takes_its_group_along(client):
+    """One new user is written without a savepoint: what cannot be taken back alone is
+    taken back with all that came in the same moment, and nobody is told otherwise."""
+    store, before = client.app.store, snapshot(client)
+    store.open_group()
+    assert store.begin_group()
+    assert client("POST /api/user", {"item": ADA}).status_int == 201
+    dry = client("POST /api/user?dry_run=true", {"item": ADA})
+    assert dry.status_int == 201, "what is to be taken back has a savepoint"
+    with pytest.raises(ZeroDivisionError), store.transaction():
+        store.save_users(
+            [[(userapi.Place("#/item"), ADA)]], "create", userapi.VIEWS["v1"]
+        )
+        1 / 0  # noqa: B018
+    assert client("POST /api/user", {"item": ADA}).status_int == 503
+    with pytest.raises(Problem) as refused:
+        store.commit_group()
+    assert refused.value.status == 503
+    assert snapshot(client) == before
+    assert store.begin_group()
+    assert client("POST /api/user", {"item": ADA}).status_int == 201
+    store.commit_group()
+    store.close_group()
+    assert len(client.users()) == 5
+
+
 def test_a_group_that_cannot_begin_is_refused_and_the_next_one_is_not(client):
     """Someone took the table away whose rows are written at its begin."""
     store = client.app.store

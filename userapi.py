@@ -774,6 +774,7 @@ def fold_all(values: Sequence[str]) -> Iterator[str]:
 # ── Store ─────────────────────────────────────────────────────────────────────────
 
 LOW = 8 << 20  # bytes free on the disk from which on each write is looked at
+PLENTY = 1 << 30  # bytes from which on the log's size is not looked at
 SPARE = 1 << 20  # bytes of them that new pages never get: the log's
 DISK_FULL = "there is no room on the disk"
 APPLICATION_ID = 0x75736572  # "user", in the file's header
@@ -1034,32 +1035,34 @@ class Log:
 class Transaction:
     """What one request (or one call) writes together; begun by its first write.
 
-    All that is written while it is entered is kept together, or not at all. They nest:
-    an inner one joins the outer one, which is what `with` gives.
+    All that is written while it is entered is kept together, or not at all. It may be
+    entered again inside: only the outermost exit commits.
     """
 
     __slots__ = (
-        "actor", "changes", "connection", "frees", "grouped", "keep", "log", "now",
-        "store",
+        "actor", "changes", "connection", "depth", "frees", "grouped", "keep", "log",
+        "now", "saved", "store",
     )  # fmt: skip
 
     def __init__(self, store: Store, actor: str | None, keep: bool) -> None:
         self.store, self.actor, self.keep, self.now = store, actor, keep, utc_now()
         self.connection: sqlite3.Connection | None = None
-        self.grouped = self.frees = False
+        self.grouped = self.saved = self.frees = False
+        self.depth = 0
         self.log = Log(store.keep_changes)
         self.changes: list[Item] = []
 
     def __enter__(self) -> Transaction:
-        scope = self.store._scope
-        if scope.transaction is None:
+        if not self.depth:
             self.store._lock.__enter__()
-            scope.transaction = self
-        return scope.transaction
+            self.store._scope.transaction = self
+        self.depth += 1
+        return self
 
     def __exit__(self, kind: Any, fault: BaseException | None, trace: Any) -> None:
         store = self.store
-        if store._scope.transaction is not self:
+        self.depth -= 1
+        if self.depth:
             return
         try:
             store._end(self, self.keep and fault is None)
@@ -1122,9 +1125,11 @@ class Store:
         self._group_fault: Problem | None = None
         self._group_changes: list[Item] = []
         self._group_log = Log(keep_changes)
+        self._highest: int | None = None  # id; while the database is ours to write
         self._identity: tuple[int, int] | None = None
         self._touched: dict[str, str] = {}
         self._has_tokens = False, 0.0
+        self._page_size = 0
         self._low = False  # little room is left: look at each write
         if not self.memory:
             self._refuse_foreign()
@@ -1330,10 +1335,14 @@ class Store:
 
         `keep=False` does everything and takes it back (a dry run).
         """
-        return Transaction(self, actor, keep)
+        return self._scope.transaction or Transaction(self, actor, keep)
 
-    def _writer(self) -> sqlite3.Connection:
-        """The connection of this thread's transaction, which begins here."""
+    def _writer(self, alone: bool = False) -> sqlite3.Connection:
+        """The connection of this thread's transaction, which begins here.
+
+        In a group it is a savepoint of its own, but for one statement that is written
+        `alone`: that is kept whole, or not at all, in any case.
+        """
         scope = self._scope.transaction
         assert scope is not None
         if scope.connection is None:
@@ -1342,17 +1351,24 @@ class Store:
             if group := self._own_group():
                 if self._group_fault:
                     raise self._group_fault
-                group.execute("SAVEPOINT request")
-                scope.connection, scope.grouped = group, True
+                scope.grouped = True
+                scope.saved = not alone or not scope.keep or self._low
+                if scope.saved:
+                    group.execute("SAVEPOINT request")
+                scope.connection = group
             else:
-                db = self._take()
-                try:
-                    db.execute("BEGIN IMMEDIATE")
-                except sqlite3.Error:
-                    self._give(db)
-                    raise
-                scope.connection = db
+                scope.connection = self._begin()
         return scope.connection
+
+    def _begin(self) -> sqlite3.Connection:
+        db = self._take()
+        try:
+            db.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error:
+            self._give(db)
+            raise
+        self._highest = None
+        return db
 
     def _end(self, scope: Transaction, keep: bool) -> None:
         """Commit or roll back; in a group only this request's savepoint."""
@@ -1378,14 +1394,23 @@ class Store:
                 self._require_room(db, self._file_size())
             kept = keep
         finally:
-            if not kept:
-                db.execute("ROLLBACK TO request")
-            db.execute("RELEASE request")
+            self._close_part(scope, db, kept)
+
+    def _close_part(
+        self, scope: Transaction, db: sqlite3.Connection, kept: bool
+    ) -> None:
         if kept:
             for entry in scope.log.entries:
                 self._group_log.add(entry)
             self._group_changes += scope.changes
-        scope.changes = []  # they are the group's now
+            scope.changes = []  # they are the group's now
+        elif scope.saved:
+            db.execute("ROLLBACK TO request")
+            self._highest = None
+        else:  # what was written alone cannot be taken back alone
+            self._group_fault = busy("a write of the same moment failed")
+        if scope.saved:
+            db.execute("RELEASE request")
 
     def _commit(
         self,
@@ -1459,17 +1484,18 @@ class Store:
         """
         if self.memory:
             return
+        if not self._page_size:
+            ((self._page_size,),) = db.execute("PRAGMA page_size")
         ((pages,),) = db.execute("PRAGMA page_count")
-        ((page_size,),) = db.execute("PRAGMA page_size")
-        growth = pages * page_size - size
+        growth = pages * self._page_size - size
         if growth > 0 and self._room() < 2 * growth:
             raise Problem(507, DISK_FULL, headers=[("Retry-After", "5")])
 
     def _make_room(self, db: sqlite3.Connection) -> None:
         """Where little room is left, give back what the log takes of it."""
-        room, log = self._room(), self.sizes().get("wal", 0)
+        room = self._room()
         self._low = room < LOW
-        if log and room < 8 * log:
+        if room < PLENTY and room < 8 * self.sizes().get("wal", 0):
             with contextlib.suppress(sqlite3.Error):
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
@@ -1504,6 +1530,7 @@ class Store:
             if wait:
                 self._group.execute("PRAGMA busy_timeout = 5000")
             self._group.execute("BEGIN IMMEDIATE")
+            self._highest = None
             self._write_touched(self._group)
         except DATABASE_FAULTS as fault:
             problem = database_problem(fault)
@@ -1666,7 +1693,7 @@ class Store:
         `times` keeps created and updated of new users, `most` bounds the faults told.
         """
         rule: int | str = "optional" if how == "create" else "required"
-        saved = Saved(*(array.array("q") for _ in range(3)))
+        saved = Saved(array.array("q"), array.array("q"), array.array("q"))
         aside: list[str] | None = None
         faults, seen = Faults(most), Seen()
         checker = Checker(USER, members, faults, how == "merge", times)
@@ -1701,8 +1728,7 @@ class Store:
         """Create plain users if their ids are new and rise; whether it was done."""
         if self.unique_mail:
             return False
-        db, now = self._writer(), self._now()
-        ((highest,),) = db.execute(f"SELECT {_HIGHEST}")
+        db, now, highest = self._writer(), self._now(), self._highest_id()
         ids = users.ids or range(highest + 1, highest + 1 + len(users.names))
         rising = highest < ids[0] and all(map(operator.lt, ids, ids[1:]))
         if not rising or ids[-1] > MAX_ID:
@@ -1710,6 +1736,7 @@ class Store:
         texts = users.names, users.mails
         folds = (fold_all(column) for column in texts)
         db.executemany(COLUMNS_SQL, zip(ids, *texts, *folds, itertools.repeat(now)))
+        self._highest = ids[-1]
         self._log("create", ids, ("name", "mail"))
         saved.created.extend(ids)
         seen.extend(ids)
@@ -1767,9 +1794,9 @@ class Store:
 
     def _rows_by_id(self, ids: Sequence[int]) -> dict[int, Item]:
         """The users of these ids as they are stored, read by the coming write."""
-        self._writer()
         if not ids:
             return {}
+        self._writer()
         marks = ", ".join("?" * len(ids))
         rows = self.rows(f"{STORED_SQL} WHERE user_id IN ({marks})", ids)
         return {row[0]: dict(zip(STORED, row)) for row in rows}
@@ -1806,8 +1833,8 @@ class Store:
         """Insert users; their ids. Raises Problem 409 where no id is left."""
         if not new:
             return []
-        db, now = self._writer(), self._now()
-        ((highest,),) = db.execute(f"SELECT {_HIGHEST}")
+        alone = len(new) == 1 and SHAPES.keys().isdisjoint(new[0])
+        db, now, highest = self._writer(alone), self._now(), self._highest_id()
         used = [item["id"] for item in new if "id" in item and item["id"] <= highest]
         graves = self._find_graves(used) if used else {}
         count = max([highest, *(item["id"] for item in new if "id" in item)])
@@ -1830,7 +1857,14 @@ class Store:
                 self._put_rows(SHAPES[name], id, item[name], 1)
             self._log("create", (id,), tuple(filter(item.get, LOGGED)))
         db.executemany(INSERT_SQL, rows)
+        self._highest = count
         return [row[0] for row in rows]
+
+    def _highest_id(self) -> int:
+        """The highest id that there has been, looked up once a transaction or group."""
+        if self._highest is None:
+            ((self._highest,),) = self._writer().execute(f"SELECT {_HIGHEST}")
+        return self._highest
 
     def _find_graves(self, ids: Sequence[int]) -> dict[int, int]:
         """The last version of each of these ids that was in use before."""
@@ -3712,6 +3746,8 @@ class UserAPI:
             answer = problem_answer(problem)
         except Exception as fault:
             answer = problem_answer(self.report(environ, fault))
+        if call.actor:
+            environ["REMOTE_USER"] = call.actor
         name = call.operation.name if call.operation else "none"
         self.metrics.note(name, answer.status, time.perf_counter() - began)
         body, headers = answer.body, [*answer.headers, *COMMON, *self.vary]
@@ -5177,6 +5213,8 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 FRAMING = re.compile(rb"(?im)^(?:content-length|transfer-encoding):")
 BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])")
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
+#: fields that tell of a body
+WITH_BODIES = frozenset(("HTTP_TRANSFER_ENCODING", "CONTENT_LENGTH", "HTTP_EXPECT"))
 ALONE = frozenset(("HTTP_HOST", "CONTENT_LENGTH", "CONTENT_TYPE", "HTTP_AUTHORIZATION"))
 READ_SIZE = 256 * 1024  # bytes that a connection may have read ahead
 WAKE = 0.2  # seconds after which a stream that had nothing is asked again
@@ -5208,27 +5246,51 @@ def parse_fields(section: bytes, most: int) -> Environ:
             raise Problem(400, f"{name} stands twice")
         else:
             environ[key] += f",{value}"
+    if not HOST.fullmatch(environ.get("HTTP_HOST", "")):
+        raise Problem(400, "Host is malformed")
     return environ
 
 
-def parse_target(method: str, target: str) -> tuple[str, str, str | None]:
-    """Path (decoded, latin-1), query and authority of a request target (RFC 9112 §3.2).
+class Line(NamedTuple):
+    """A request line: of its target the path (decoded, latin-1), query, authority."""
 
-    Raises Problem 400."""
-    authority = None
+    method: str
+    target: str
+    modern: bool  # HTTP/1.1, and not 1.0
+    path: str
+    query: str
+    authority: str | None
+
+
+@functools.lru_cache(maxsize=256)
+def parse_line(line: bytes) -> Line:
+    """A request line (RFC 9112 §3). Raises Problem 400, 505."""
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise Problem(400, "the request line is malformed")
+    method, target, major, minor = (part.decode() for part in match.groups())
+    if major != "1" or minor not in "01":
+        raise Problem(505, "speak HTTP/1.1")
+    return Line(method, target, minor == "1", *parse_target(method, target))
+
+
+def parse_target(method: str, target: str) -> tuple[str, str, str | None]:
+    """Path, query and authority of a request target (RFC 9112 §3.2). Raises Problem
+    400."""
+    authority, given = None, target
     if target[:1] != "/" and not (target == "*" and method == "OPTIONS"):
         scheme, _, rest = target.partition("://")
         if scheme.lower() not in ("http", "https") or not rest:
             raise Problem(400, "the request target is malformed")
         cut = len(rest.split("/")[0].split("?")[0])
-        authority, target = rest[:cut], rest[cut:] or "/"
-        target = target if target[0] == "/" else f"/{target}"
-    path, _, query = target.partition("?")
-    if "#" in target or "%" in path and BAD_ESCAPE.search(path):
+        authority, given = rest[:cut], rest[cut:] or "/"
+        given = given if given[0] == "/" else f"/{given}"
+    path, _, query = given.partition("?")
+    if "#" in target or BAD_ESCAPE.search(path):
         raise Problem(400, "the request target is malformed")
-    if "%" in path:
-        path = unquote_to_bytes(path).decode("latin-1")
-    return path, query, authority
+    if authority is not None and not HOST.fullmatch(authority):
+        raise Problem(400, "Host is malformed")
+    return unquote_to_bytes(path).decode("latin-1"), query, authority
 
 
 def refuse_unless(well: bool, what: str) -> None:
@@ -5370,52 +5432,39 @@ class Connection(asyncio.Protocol):
         self.missing = 0
         line, section = buffer[:line_end], buffer[line_end + 2 : end + 2]
         self.buffer = buffer[end + 4 :]
-        match = REQUEST_LINE.fullmatch(line)
-        if not match:
-            raise Problem(400, "the request line is malformed")
-        method, target, major, minor = match.groups()
-        if major != b"1" or minor not in b"01":
-            raise Problem(505, "speak HTTP/1.1")
         if section != self.section:
             self.fields = parse_fields(section, settings.max_fields)
             self.section = section
-        self.begin(method.decode(), target.decode(), minor == b"1")
+        self.begin(parse_line(line))
         return True
 
-    def begin(self, method: str, target: str, modern: bool) -> None:
+    def begin(self, line: Line) -> None:
         """A head is whole: make its environment, and prepare for its body."""
-        path, query, authority = parse_target(method, target)
-        environ = {**self.server.base, **self.fields}
-        environ.update(
-            REQUEST_METHOD=method,
-            PATH_INFO=path,
-            QUERY_STRING=query,
-            REMOTE_ADDR=self.peer,
-            SERVER_PROTOCOL="HTTP/1.1" if modern else "HTTP/1.0",
-        )
-        environ["userapi.target"] = target
-        host = environ.get("HTTP_HOST")
-        if modern and host is None:
+        environ = {
+            **self.server.base,
+            **self.fields,
+            "REQUEST_METHOD": line.method,
+            "PATH_INFO": line.path,
+            "QUERY_STRING": line.query,
+            "REMOTE_ADDR": self.peer,
+            "SERVER_PROTOCOL": "HTTP/1.1" if line.modern else "HTTP/1.0",
+            "userapi.target": line.target,
+        }
+        if line.modern and "HTTP_HOST" not in environ:
             raise Problem(400, "Host is missing")
-        if authority is not None:
-            environ["HTTP_HOST"] = host = authority
-        if host is not None and not HOST.fullmatch(host):
-            raise Problem(400, "Host is malformed")
+        if line.authority is not None:
+            environ["HTTP_HOST"] = line.authority
         told = environ.get("HTTP_CONNECTION", "")
         tokens = [token.strip() for token in told.lower().split(",")] if told else ()
-        keep = "close" not in tokens and (modern or "keep-alive" in tokens)
+        keep = "close" not in tokens and (line.modern or "keep-alive" in tokens)
         environ["userapi.keep"] = keep
         self.environ = environ
-        coding, length = (
-            environ.get("HTTP_TRANSFER_ENCODING"),
-            environ.get("CONTENT_LENGTH"),
-        )
-        if coding is not None or length is not None or "HTTP_EXPECT" in environ:
-            self.expect_body(environ, coding, length, modern)
+        if not WITH_BODIES.isdisjoint(self.fields):
+            self.expect_body(environ, line.modern)
 
-    def expect_body(
-        self, environ: Environ, coding: str | None, length: str | None, modern: bool
-    ) -> None:
+    def expect_body(self, environ: Environ, modern: bool) -> None:
+        coding = environ.get("HTTP_TRANSFER_ENCODING")
+        length = environ.get("CONTENT_LENGTH")
         if coding is not None and (length is not None or not modern):
             raise Problem(400, "Transfer-Encoding does not go with this request")
         if coding is not None and coding.lower() != "chunked":
@@ -5828,36 +5877,21 @@ class Server:
         if self.settings.log == "off":
             return
         took = (time.perf_counter() - environ["userapi.began"]) * 1000
-        request = (
-            f"{environ['REQUEST_METHOD']} {environ.get('userapi.target', '-')}"
-            f" {environ['SERVER_PROTOCOL']}"
-        )
+        peer, actor = environ["REMOTE_ADDR"], environ.get("REMOTE_USER")
         status, sent = environ["userapi.status"], environ["userapi.sent"]
+        method, target = environ["REQUEST_METHOD"], environ.get("userapi.target", "-")
+        request = f"{method} {target} {environ['SERVER_PROTOCOL']}"
         referer = environ.get("HTTP_REFERER", "-")
         agent = environ.get("HTTP_USER_AGENT", "-")
-        actor = environ.get("userapi.actor")
         if self.settings.log == "json":
-            line = json.dumps(
-                {
-                    "at": utc_now(),
-                    "peer": environ["REMOTE_ADDR"],
-                    "actor": actor,
-                    "request": request,
-                    "status": int(status),
-                    "bytes": sent,
-                    "ms": round(took, 2),
-                    "referer": referer,
-                    "agent": agent,
-                }
-            )
-        else:
-            quoted = [escape_log(part) for part in (request, referer, agent)]
-            line = (
-                f"{environ['REMOTE_ADDR']} - {actor or '-'} [{self.clock}]"
-                f' "{quoted[0]}"'
-                f' {status} {sent} "{quoted[1]}" "{quoted[2]}" {took:.2f}'
-            )
-        self.lines.append(line)
+            told = (utc_now(), peer, actor, request, int(status), sent, round(took, 2))
+            self.lines.append(json.dumps(dict(zip(TOLD, (*told, referer, agent)))))
+            return
+        request, referer, agent = map(escape_log, (request, referer, agent))
+        self.lines.append(
+            f'{peer} - {actor or "-"} [{self.clock}] "{request}" {status} {sent}'
+            f' "{referer}" "{agent}" {took:.2f}'
+        )
 
     def write_log(self) -> None:
         """Write the lines in a thread, as the one who reads them may be slow."""
@@ -5961,6 +5995,8 @@ def write_text(text: str) -> None:
         sys.stdout.flush()
 
 
+#: the members of a line of the access log in JSON
+TOLD = ("at", "peer", "actor", "request", "status", "bytes", "ms", "referer", "agent")
 PLAIN_LOG = re.compile(r"[ !#-\[\]-~]*")
 
 

@@ -2504,6 +2504,24 @@ def test_the_log_as_json(tmp_path):
         assert all(part in entry for part in parts), entry
 
 
+def test_the_log_names_who_it_was(tmp_path):
+    token = tmp_path / "token"
+    token.write_text("sesame")
+    token.chmod(0o600)
+    with Server(tmp_path, "--log", "json", "--token-file", token) as server:
+        with Client(server) as client:
+            assert client.ask(request("GET", "/api/user/1")).status == 401
+            bearer = "Authorization: Bearer sesame"
+            assert client.ask(request("GET", "/api/user/1", None, bearer)).status == 404
+
+        def entries():
+            lines = server.said().splitlines()
+            return [json.loads(line) for line in lines if line.startswith("{")]
+
+        wait_for(lambda: len(entries()) == 2, "the log's lines")
+        assert [entry["actor"] for entry in entries()] == [None, "admin"]
+
+
 def test_no_log(tmp_path):
     _, raw = logged(tmp_path, "off", 0)
     assert b"GET" not in raw and b"/api/user" not in raw
