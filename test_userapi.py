@@ -1468,9 +1468,7 @@ def test_a_write_alone_that_fails_later_takes_its_group_along(client):
     dry = client("POST /api/user?dry_run=true", {"item": ADA})
     assert dry.status_int == 201, "what is to be taken back has a savepoint"
     with pytest.raises(ZeroDivisionError), store.transaction():
-        store.save_users(
-            [[(userapi.Place("#/item"), ADA)]], "create", userapi.VIEWS["v1"]
-        )
+        store.create_users([ADA])
         1 / 0  # noqa: B018
     assert client("POST /api/user", {"item": ADA}).status_int == 503
     with pytest.raises(Problem) as refused:

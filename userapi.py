@@ -996,7 +996,7 @@ def make_page(rows: Rows, joint: str) -> Page:
 
 
 class Saved(NamedTuple):
-    """What save_users() did: the ids it created and changed, how many it skipped."""
+    """What was saved: the ids created, changed and skipped."""
 
     created: array.array[int]
     replaced: array.array[int]
@@ -1227,6 +1227,7 @@ class Store:
             self.wal = journal == "wal"
             db.execute(f"PRAGMA synchronous = {'FULL' if self.wal else 'EXTRA'}")
             db.execute("PRAGMA journal_size_limit = 16777216")
+            db.execute("PRAGMA wal_autocheckpoint = 4000")  # pages: the same 16 MiB
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("PRAGMA trusted_schema = OFF")
         try:
@@ -1672,125 +1673,8 @@ class Store:
     ) -> list[Item]:
         entries = ((Place(f"#/items/{n}"), item) for n, item in enumerate(items))
         with self.transaction(actor):
-            saved = self.save_users(batches(entries), how, VIEWS[view])
+            saved = Saving(self, how, VIEWS[view]).save(batches(entries))
             return [self.get_user(id, view) for id in saved.created + saved.replaced]
-
-    def save_users(
-        self,
-        batches: Iterable[Iterable[Entry]],
-        how: str,
-        members: Sequence[str],
-        *,
-        id: int | None = None,
-        check: Callable[[int], None] | None = None,
-        conflict: str = "fail",
-        times: bool = False,
-        most: int = 30_000,
-    ) -> Saved:
-        """Create, replace or merge (`how`) all of the items, or none of them.
-
-        `id` is the URI's, `check` sees the version of a user before it is changed,
-        `times` keeps created and updated of new users, `most` bounds the faults told.
-        """
-        rule: int | str = "optional" if how == "create" else "required"
-        saved = Saved(array.array("q"), array.array("q"), array.array("q"))
-        aside: list[str] | None = None
-        faults, seen = Faults(most), Seen()
-        checker = Checker(USER, members, faults, how == "merge", times)
-        with self.transaction():
-            for batch in batches:
-                if aside is None and len(saved.created) >= MANY:
-                    aside = self._set_aside()
-                if (
-                    isinstance(batch, Columns)
-                    and not faults.total
-                    and self._create_columns(batch, saved, seen)
-                ):
-                    continue
-                items = [
-                    (place, checker.check(place, item, rule if id is None else id))
-                    for place, item in batch
-                ]
-                for place, item in items:
-                    if "id" in item and not seen.add(item["id"]):
-                        faults.add(place.fault("id", "stands twice"))
-                if id is not None:  # of one user, what it holds is told first
-                    faults.raise_worst()
-                self._save_batch(items, how, check, conflict, faults, saved)
-            if id is not None and faults.statuses == {404}:
-                raise no_user(id)
-            faults.raise_worst()
-            for statement in aside or ():
-                self._writer().execute(statement)
-        return saved
-
-    def _create_columns(self, users: Columns, saved: Saved, seen: Seen) -> bool:
-        """Create plain users if their ids are new and rise; whether it was done."""
-        if self.unique_mail:
-            return False
-        db, now, highest = self._writer(), self._now(), self._highest_id()
-        ids = users.ids or range(highest + 1, highest + 1 + len(users.names))
-        rising = highest < ids[0] and all(map(operator.lt, ids, ids[1:]))
-        if not rising or ids[-1] > MAX_ID:
-            return False
-        texts = users.names, users.mails
-        folds = (fold_all(column) for column in texts)
-        db.executemany(COLUMNS_SQL, zip(ids, *texts, *folds, itertools.repeat(now)))
-        self._highest = ids[-1]
-        self._log("create", ids, ("name", "mail"))
-        saved.created.extend(ids)
-        seen.extend(ids)
-        return True
-
-    def _save_batch(
-        self,
-        checked: list[tuple[Place, Item]],
-        how: str,
-        check: Callable[[int], None] | None,
-        conflict: str,
-        faults: Faults,
-        saved: Saved,
-    ) -> None:
-        """Write a batch of items that were checked, if all has been well so far."""
-        new, changed = self._sort_batch(checked, how, conflict, faults, saved)
-        if check and not faults.total:
-            for _, row, _ in changed:
-                check(row["version"])
-        if self.unique_mail:
-            self._refuse_taken_mail(new, changed, conflict == "skip", faults, saved)
-        if not faults.total:
-            saved.created.extend(self._insert([item for _, item in new]))
-            for _, row, item in changed:
-                self._update(row, item)
-                saved.replaced.append(row["id"])
-
-    def _sort_batch(
-        self,
-        checked: list[tuple[Place, Item]],
-        how: str,
-        conflict: str,
-        faults: Faults,
-        saved: Saved,
-    ) -> tuple[list[tuple[Place, Item]], list[tuple[Place, Item, Item]]]:
-        """The items that are new, and those that change a row, with that row."""
-        new: list[tuple[Place, Item]] = []
-        changed: list[tuple[Place, Item, Item]] = []
-        there = self._rows_by_id([item["id"] for _, item in checked if "id" in item])
-        for place, item in checked:
-            row = there.get(item.get("id", 0))
-            if row is None and how == "create":
-                new.append((place, item))
-            elif row is None and "id" in item:
-                faults.add(place.fault("id", "is nobody's"), 404)
-            elif row is None:
-                continue  # told as a missing id already
-            elif how == "create" and conflict == "fail":
-                faults.add(place.fault("id", "is taken"), 409)
-            elif how == "create" and conflict == "skip":
-                saved.skipped.append(item["id"])
-            else:
-                changed.append((place, row, item))
-        return new, changed
 
     def _rows_by_id(self, ids: Sequence[int]) -> dict[int, Item]:
         """The users of these ids as they are stored, read by the coming write."""
@@ -1800,34 +1684,6 @@ class Store:
         marks = ", ".join("?" * len(ids))
         rows = self.rows(f"{STORED_SQL} WHERE user_id IN ({marks})", ids)
         return {row[0]: dict(zip(STORED, row)) for row in rows}
-
-    def _refuse_taken_mail(
-        self,
-        new: list[tuple[Place, Item]],
-        changed: list[tuple[Place, Item, Item]],
-        skip: bool,
-        faults: Faults,
-        saved: Saved,
-    ) -> None:
-        """Under `unique_mail`: 409 for each address that another user has or gets.
-
-        The addresses of the users that are written are free for one another, so that
-        two may swap theirs.
-        """
-        db, taken = self._writer(), set()
-        moving = [(row["id"],) for _, row, item in changed if "mail" in item]
-        db.executemany("UPDATE users SET mail_fold = '' WHERE user_id = ?", moving)
-        written = new + [(place, item) for place, _, item in changed]
-        for place, item in written:
-            mail = fold(item.get("mail", ""))
-            sql = "SELECT 1 FROM users WHERE mail_fold = ?"
-            if mail and (mail in taken or db.execute(sql, (mail,)).fetchone()):
-                if skip:
-                    new.remove((place, item))
-                    saved.skipped.append(0)
-                else:
-                    faults.add(place.fault("mail", "is taken"), 409)
-            taken.add(mail)
 
     def _insert(self, new: list[Item]) -> list[int]:
         """Insert users; their ids. Raises Problem 409 where no id is left."""
@@ -1860,6 +1716,16 @@ class Store:
         self._highest = count
         return [row[0] for row in rows]
 
+    def _insert_columns(
+        self, ids: Sequence[int], names: Sequence[str], mails: Sequence[str]
+    ) -> None:
+        """Insert users that are all of the three; the ids are new, the last highest."""
+        folds, now = (fold_all(names), fold_all(mails)), itertools.repeat(self._now())
+        rows = zip(ids, names, mails, *folds, now)
+        self._writer().executemany(COLUMNS_SQL, rows)
+        self._highest = ids[-1]
+        self._log("create", ids, ("name", "mail"))
+
     def _highest_id(self) -> int:
         """The highest id that there has been, looked up once a transaction or group."""
         if self._highest is None:
@@ -1871,17 +1737,6 @@ class Store:
         marks = ", ".join("?" * len(ids))
         sql = f"SELECT user_id, version FROM graves WHERE user_id IN (0, {marks})"
         return dict(self.rows(sql, ids))
-
-    def _set_aside(self) -> list[str]:
-        """Do without the indexes and triggers of users while many are created, where
-        there were few before; to make the indexes at the end is far quicker. Gives the
-        statements that make them again."""
-        if self.unique_mail or self.count_users() >= 2 * MANY:
-            return []
-        made = self.rows(ASIDE_SQL)
-        for kind, name, _ in made:
-            self._writer().execute(f"DROP {kind} {name}")
-        return [statement for _, _, statement in made]
 
     def _update(self, row: Item, item: Item) -> int:
         """Write what the item holds into the user of the row; its new version."""
@@ -2315,6 +2170,138 @@ class Seen:
         self.blocks[id >> 10] = before | bit
         at = bisect.bisect_left(self.rising, id)
         return not before & bit and id not in self.rising[at : at + 1]
+
+
+class Saving:
+    """How users are saved: all of the items of one transaction, or none of them.
+
+    `how` is create, replace or merge; `id` the URI's; `check` sees the version of a
+    user before it is changed; `conflict` says what is done about an id that is taken;
+    `times` keeps created and updated of new users; `most` bounds the faults told.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        how: str,
+        members: Sequence[str],
+        *,
+        id: int | None = None,
+        check: Callable[[int], None] | None = None,
+        conflict: str = "fail",
+        times: bool = False,
+        most: int = 30_000,
+    ) -> None:
+        self.store, self.creates, self.conflict = store, how == "create", conflict
+        self.id, self.check = id, check
+        self.rule = id or ("optional" if self.creates else "required")
+        self.saved = Saved(array.array("q"), array.array("q"), array.array("q"))
+        self.faults, self.seen = Faults(most), Seen()
+        self.checker = Checker(USER, members, self.faults, how == "merge", times)
+        self.aside: list[str] | None = None
+
+    def save(self, batches: Iterable[Iterable[Entry]]) -> Saved:
+        """Save what stands in the batches. Raises Problem with all that is wrong."""
+        with self.store.transaction():
+            for batch in batches:
+                if self.aside is None and len(self.saved.created) >= MANY:
+                    self.aside = self.set_aside()
+                if not (isinstance(batch, Columns) and self.create_columns(batch)):
+                    self.save_batch(batch)
+            if self.id is not None and self.faults.statuses == {404}:
+                raise no_user(self.id)
+            self.faults.raise_worst()
+            for statement in self.aside or ():
+                self.store._writer().execute(statement)
+        return self.saved
+
+    def set_aside(self) -> list[str]:
+        """Do without the indexes and triggers of users while many are created, where
+        there were few before; to make the indexes at the end is far quicker. Gives the
+        statements that make them again."""
+        if self.store.unique_mail or self.store.count_users() >= 2 * MANY:
+            return []
+        made = self.store.rows(ASIDE_SQL)
+        for kind, name, _ in made:
+            self.store._writer().execute(f"DROP {kind} {name}")
+        return [statement for _, _, statement in made]
+
+    def create_columns(self, users: Columns) -> bool:
+        """Create plain users if their ids are new and rise; whether it was done."""
+        highest = self.store._highest_id()
+        ids = users.ids or range(highest + 1, highest + 1 + len(users))
+        rising = highest < ids[0] and all(map(operator.lt, ids, ids[1:]))
+        well = rising and ids[-1] <= MAX_ID and not self.faults.total
+        if self.store.unique_mail or not well:
+            return False
+        self.store._insert_columns(ids, users.names, users.mails)
+        self.saved.created.extend(ids)
+        self.seen.extend(ids)
+        return True
+
+    def save_batch(self, batch: Iterable[Entry]) -> None:
+        check = self.checker.check
+        items = [(place, check(place, item, self.rule)) for place, item in batch]
+        for place, item in items:
+            if "id" in item and not self.seen.add(item["id"]):
+                self.faults.add(place.fault("id", "stands twice"))
+        if self.id is not None:  # of one user, what it holds is told first
+            self.faults.raise_worst()
+        new, changed = self.sort(items)
+        if self.store.unique_mail:
+            self.refuse_taken_mail(new, changed)
+        if not self.faults.total:
+            self.saved.created.extend(self.store._insert([item for _, item in new]))
+            for _, row, item in changed:
+                self.store._update(row, item)
+                self.saved.replaced.append(row["id"])
+
+    def sort(
+        self, items: list[Entry]
+    ) -> tuple[list[Entry], list[tuple[Place, Item, Item]]]:
+        """The items that are new, and those that change a row, with that row."""
+        new: list[Entry] = []
+        changed: list[tuple[Place, Item, Item]] = []
+        ids = [item["id"] for _, item in items if "id" in item]
+        there = self.store._rows_by_id(ids)
+        for place, item in items:
+            row = there.get(item.get("id", 0))
+            if row is None and self.creates:
+                new.append((place, item))
+            elif row is None:
+                if "id" in item:  # else it is told as missing
+                    self.faults.add(place.fault("id", "is nobody's"), 404)
+            elif self.creates and self.conflict == "fail":
+                self.faults.add(place.fault("id", "is taken"), 409)
+            elif self.creates and self.conflict == "skip":
+                self.saved.skipped.append(item["id"])
+            else:
+                if self.check:
+                    self.check(row["version"])
+                changed.append((place, row, item))
+        return new, changed
+
+    def refuse_taken_mail(
+        self, new: list[Entry], changed: list[tuple[Place, Item, Item]]
+    ) -> None:
+        """Under `unique_mail`: 409 for each address that another user has or gets.
+
+        The addresses of the users that are written are free for one another, so that
+        two may swap theirs.
+        """
+        db, taken = self.store._writer(), set()
+        moving = [(row["id"],) for _, row, item in changed if "mail" in item]
+        db.executemany("UPDATE users SET mail_fold = '' WHERE user_id = ?", moving)
+        for place, item in new + [(place, item) for place, _, item in changed]:
+            mail = fold(item.get("mail", ""))
+            sql = "SELECT 1 FROM users WHERE mail_fold = ?"
+            if mail and (mail in taken or db.execute(sql, (mail,)).fetchone()):
+                if self.conflict == "skip":
+                    new.remove((place, item))
+                    self.saved.skipped.append(0)
+                else:
+                    self.faults.add(place.fault("mail", "is taken"), 409)
+            taken.add(mail)
 
 
 @functools.lru_cache(maxsize=256)
@@ -2937,9 +2924,10 @@ def import_users(
             yield batch
 
     members = VIEWS[view] if media == NDJSON else CSV_MEMBERS
-    saved = store.save_users(
-        watched(), "create", members, conflict=conflict, times=True, most=IMPORT_FAULTS
+    saving = Saving(
+        store, "create", members, conflict=conflict, times=True, most=IMPORT_FAULTS
     )
+    saved = saving.save(watched())
     return {name: len(ids) for name, ids in zip(Saved._fields, saved)}
 
 
@@ -3134,7 +3122,8 @@ def create_user(call: Call) -> Answer:
         return Answer(done(**counts), status=201)
     items, one = read_items(call)
     conflict = call.params.get("conflict", "fail")
-    saved = call.store.save_users([items], "create", call.members, conflict=conflict)
+    saving = Saving(call.store, "create", call.members, conflict=conflict)
+    saved = saving.save([items])
     ids = [*saved.created, *saved.replaced]
     return shown(call, ids, 201, one and len(ids) == 1)
 
@@ -3145,7 +3134,7 @@ def change_users(call: Call, how: str) -> Answer:
     if one:
         fault = {"pointer": "#", "detail": 'is not {"items": [{...}, ...]}'}
         raise Problem(422, "the envelope is not valid", [fault])
-    saved = call.store.save_users([items], how, call.members)
+    saved = Saving(call.store, how, call.members).save([items])
     return shown(call, saved.replaced, 200, one=False)
 
 
@@ -3153,7 +3142,8 @@ def change_user(call: Call, how: str) -> Answer:
     call.require_match()
     items, _ = read_items(call, one=True)
     id, check = call.args["id"], call.check_version
-    saved = call.store.save_users([items], how, call.members, id=id, check=check)
+    saving = Saving(call.store, how, call.members, id=id, check=check)
+    saved = saving.save([items])
     return shown(call, saved.replaced, 200, one=True)
 
 
