@@ -896,6 +896,8 @@ TOLD = [
     post({**GRACE, **ODD_NAMES}, 422,
          at("#/item/a~0b~1c%20d", "#/item/!$&'()*+,;=:@", "#/item/%C3%A4")),
     post({**GRACE, "phone": TWICE}, 422, at("#/item/phone")),
+    Row("POST /api/v2/user", 422, told("phone is not a list"),
+        body={"item": {**GRACE, "phone": None}}),
     Row("POST /api/v2/user", 422, (told("id stands twice"), at("#/item/phone/1/id")),
         body={"item": {**GRACE, "phone": TWICE}}),
     Row("PATCH /api/user/3", 422, told("id is not a whole number"),
@@ -908,6 +910,8 @@ TOLD = [
         body="name,mail\nA,a@b\nB\n", headers={AS: "text/csv"}),
     Row("POST /api/user", 422, (told("mail is not a mail address"), at("#/mail")),
         body="name,mail\nA,a@b\nB,x\n", headers={AS: "text/csv"}),
+    Row("POST /api/user", 409, (told("id is taken"), at("#/id")),
+        body="id,name,mail\n1,A,a@b\n", headers={AS: "text/csv"}),
     Row("POST /api/user", 422, told("line 2 is not an object"),
         body=json.dumps(GRACE) + "\n[1]\n", headers={AS: "application/x-ndjson"}),
 ]  # fmt: skip
@@ -3428,6 +3432,24 @@ def test_an_import_keeps_and_refuses_the_same_values(client):
     assert len(bad) <= 100
     check(client("POST /api/user", text, SENT_NDJSON), row)
     assert len(client.users()) == 4 + len(good)
+
+
+def test_a_csv_of_one_line_keeps_and_refuses_the_same_values(client):
+    """Each in a file of its own, as lines that are all plain go another way."""
+
+    def post_csv(name: str, mail: str) -> int:
+        text = csv_text([{"name": name, "mail": mail}])
+        return client("POST /api/user", text, SENT_CSV).status_int
+
+    good = [(sent, "a@b") for sent, _ in NAMES] + [("A", mail) for mail in MAILS]
+    assert {post_csv(*cells) for cells in good} == {201}
+    users = client("GET /api/user").json["results"][4:]
+    assert [user["name"] for user in users[: len(NAMES)]] == [kept for _, kept in NAMES]
+    assert [user["mail"] for user in users[len(NAMES) :]] == MAILS
+    bad = [(name, "a@b") for name in BAD_NAMES] + [("A", mail) for mail in BAD_MAILS]
+    assert {post_csv(*cells) for cells in bad} == {422}
+    assert post_csv("Straße", "a@b") == 201
+    assert client("GET /api/user?q=STRASSE").json["results"][0]["name"] == "Straße"
 
 
 def test_formula_cells_are_defused(client):
