@@ -4210,6 +4210,10 @@ WIRE = [
     (f"GET /health HTTP/1.1|{AT}X: \x01||", [400]),
     ("GET /health HTTP/1.1\nHost: localhost\n\n", [400]),
     (f"GET /health HTTP/1.1|{AT}X: a\rb||", [400]),
+    (f"GET /{'a' * 8178} HTTP/1.1|{AT}|", [404]),
+    (f"GET /{'a' * 8179} HTTP/1.1|{AT}|", [414]),
+    (f"GET /health HTTP/1.1|{AT}X: {'a' * 16_362}||", [200]),
+    (f"GET /health HTTP/1.1|{AT}X: {'a' * 16_363}||", [431]),
     (f"GET /{'a' * 9000} HTTP/1.1|{AT}|", [414]),
     (f"GET /{'a' * 9000}", [414]),
     (f"GET /health HTTP/1.1|{AT}X: {'a' * 17_000}||", [431]),
@@ -4247,6 +4251,75 @@ WIRE = [
     ("GET /hea", []),
     ("", []),
 ]  # fmt: skip
+
+
+#: (a header section, with | for CR LF; its WSGI variables, or the status).
+SECTIONS = [
+    ("", {}),
+    ("Host: a|", {"HTTP_HOST": "a"}),
+    ("X:|Y: \t b c \t|", {"HTTP_X": "", "HTTP_Y": "b c"}),
+    ("x-a: 1|X-A: 2|X-a:3|", {"HTTP_X_A": "1,2,3"}),
+    ("X_A: 1|X-A: 2|A_: 3|B: 4|", {"HTTP_X_A": "2", "HTTP_B": "4"}),
+    ("Content-Type: a/b|content-length: 5|", {"CONTENT_TYPE": "a/b",
+     "CONTENT_LENGTH": "5"}),
+    ("Cookie: \xe4|", {"HTTP_COOKIE": "\xe4"}),
+    ("A: 1|B: 2|C: 3|D: 4|", {"HTTP_A": "1", "HTTP_B": "2", "HTTP_C": "3",
+     "HTTP_D": "4"}),
+    ("A: 1|B: 2|C: 3|D: 4|E_: 5|", 431),
+    ("X: a\x7f|", 400),
+    ("X: a\0|", 400),
+    (" X: a|", 400),
+    ("X : a|", 400),
+    (": a|", 400),
+    ("X|", 400),
+    ("X: a", 400),
+    ("X: a|\tb|", 400),
+    ("X@: a|", 400),
+]  # fmt: skip
+SECTIONS += [
+    (f"{name}: a|{name.lower()}: a|", 400)
+    for name in ("Host", "Content-Length", "Content-Type", "Authorization")
+]
+#: (method, target; path, query and authority, or the status).
+TARGETS = [
+    ("GET", "/", ("/", "", None)),
+    ("GET", "/a?b?c=/d", ("/a", "b?c=/d", None)),
+    ("GET", "/a%2fb%C3%A4?%zz", ("/a/b\xc3\xa4", "%zz", None)),
+    ("GET", "//a/b", ("//a/b", "", None)),
+    ("OPTIONS", "*", ("*", "", None)),
+    ("GET", "http://a", ("/", "", "a")),
+    ("GET", "HTTP://a:1/b/c?d/e", ("/b/c", "d/e", "a:1")),
+    ("GET", "https://a?b=/c", ("/", "b=/c", "a")),
+    ("GET", "*", 400),
+    ("OPTIONS", "a", 400),
+    ("GET", "http://", 400),
+    ("GET", "http:/a", 400),
+    ("GET", "ftp://a/", 400),
+    ("GET", "a/b", 400),
+    ("GET", "/a#b", 400),
+    ("GET", "/a?b#c", 400),
+    ("GET", "/%", 400),
+    ("GET", "/%4", 400),
+]
+
+
+def what_is_read(read, *args: Any) -> Any:
+    """What a reader of the head gives, or the status with which it refuses."""
+    try:
+        return read(*args)
+    except Problem as problem:
+        return problem.status
+
+
+@pytest.mark.parametrize("section, wanted", SECTIONS, ids=ascii)
+def test_a_header_section(section, wanted):
+    data = section.replace("|", "\r\n").encode("latin-1")
+    assert what_is_read(userapi.parse_fields, data, 4) == wanted
+
+
+@pytest.mark.parametrize("method, target, wanted", TARGETS)
+def test_a_request_target(method, target, wanted):
+    assert what_is_read(userapi.parse_target, method, target) == wanted
 
 
 @pytest.fixture(scope="module")
