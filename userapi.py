@@ -5252,7 +5252,7 @@ class Line(NamedTuple):
     authority: str | None
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1024)
 def parse_line(line: bytes) -> Line:
     """A request line (RFC 9112 §3). Raises Problem 400, 505."""
     match = REQUEST_LINE.fullmatch(line)
@@ -5425,7 +5425,8 @@ class Connection(asyncio.Protocol):
         if section != self.section:
             self.fields = parse_fields(section, settings.max_fields)
             self.section = section
-        self.begin(parse_line(line))
+        short = len(line) < 256  # so that what is remembered is bounded in bytes
+        self.begin(parse_line(line) if short else parse_line.__wrapped__(line))
         return True
 
     def begin(self, line: Line) -> None:
