@@ -60,6 +60,7 @@ import html
 import io
 import itertools
 import json
+import math
 import operator
 import re
 import signal
@@ -112,8 +113,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("db", "users.db", "path of the SQLite file, or :memory:",
-        r"(?!postgres(?:ql)?://).+", "is a file here: this version has no PostgreSQL"),
+    Setting("db", "users.db", "path of the SQLite file, :memory:, or postgresql://…"),
     Setting("host", "127.0.0.1", "address to listen on"),
     Setting("port", 8080, "port to listen on; 0 picks a free one"),
     Setting("unix", "", "path of a Unix socket to listen on instead"),
@@ -145,6 +145,7 @@ SETTINGS = (
     Setting("log", "text", "access log: text, json or off",
         "text|json|off", "is text, json or off"),
 )  # fmt: skip
+POSTGRESQL = ("postgresql://", "postgres://")
 TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -217,6 +218,16 @@ def read_token(path: str) -> str:
     if not token:
         raise SettingError("token_file is empty")
     return token
+
+
+def is_missing(db: str) -> bool:
+    """Whether the database is a file that is not there."""
+    return not db.startswith((":memory:", *POSTGRESQL)) and not os.path.exists(db)
+
+
+def show_db(db: str) -> str:
+    """The setting without what may be a password."""
+    return re.sub(r"(?<=//)[^/]*@|\?.*", "", db) if db.startswith(POSTGRESQL) else db
 
 
 def reason(fault: Exception) -> str:
@@ -837,6 +848,26 @@ def rows_sql(shape: Shape) -> list[str]:
     return statements
 
 
+#: what SQLite has by itself, or does in a trigger above (to it, these are comments)
+POSTGRES_MADE = (
+    "/*pg CREATE FUNCTION json_quote(text) RETURNS text IMMUTABLE PARALLEL SAFE"
+    " LANGUAGE sql AS $$ SELECT coalesce(to_json($1)::text, 'null') $$*/",
+    "/*pg CREATE VIEW sqlite_sequence AS SELECT 'users' AS name, greatest("
+    "(SELECT max(user_id) FROM users), (SELECT max(user_id) FROM graves)) AS seq*/",
+    "/*pg ALTER TABLE retries ALTER id ADD GENERATED ALWAYS AS IDENTITY*/",
+    "/*pg CREATE FUNCTION bury() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+    " DELETE FROM user_phone WHERE user_id = OLD.user_id;"
+    " DELETE FROM user_address WHERE user_id = OLD.user_id;"
+    " INSERT INTO graves VALUES (OLD.user_id, OLD.version) ON CONFLICT (user_id)"
+    " DO UPDATE SET version = excluded.version; RETURN NULL; END $$*/",
+    "/*pg CREATE TRIGGER users_delete AFTER DELETE ON users FOR EACH ROW"
+    " EXECUTE FUNCTION bury()*/",
+    # for q; without the right to make it, or the module, all users are looked at
+    "/*pg DO $$ BEGIN CREATE EXTENSION IF NOT EXISTS pg_trgm;"
+    " CREATE INDEX users_by_text ON users USING gin"
+    " (name_fold gin_trgm_ops, mail_fold gin_trgm_ops);"
+    " EXCEPTION WHEN OTHERS THEN NULL; END $$*/",
+)
 #: Each step takes the schema one version further; PRAGMA user_version counts them.
 #: Version 0 is the first application's, whose own INSERT goes on working.
 MIGRATIONS = (
@@ -854,7 +885,7 @@ MIGRATIONS = (
         " name_fold = fold(CAST(user_name AS BLOB)),"
         " mail_fold = fold(CAST(user_mail AS BLOB))",
         *(
-            f"CREATE INDEX users_by_{name} ON users ({column})"
+            f"CREATE INDEX users_by_{name} ON users ({column} /*pg , user_id*/)"
             for name, column in SORT_INDEXES
         ),
         "CREATE TABLE changes (seq INTEGER PRIMARY KEY, at TEXT NOT NULL, actor TEXT,"
@@ -907,6 +938,7 @@ MIGRATIONS = (
         + f" WHERE NOT EXISTS (SELECT 1 FROM changes WHERE seq = {_LAST_SEQ}"
         " AND op = 'delete' AND user = OLD.user_id); END",
         f"PRAGMA application_id = {APPLICATION_ID}",
+        *POSTGRES_MADE,
     ),
 )
 
@@ -928,8 +960,9 @@ def member_sql(field: Field) -> str:
         pairs = [(name, text_sql(name)) for name in shape.names if name != "id"]
         row = object_sql([("id", "id"), *pairs])
         return (
-            f"coalesce((SELECT '[' || group_concat({row}, ', ') || ']'"
-            f" FROM user_{shape.name} AS r WHERE r.user_id = users.user_id), '[]')"
+            f"coalesce((SELECT '[' || group_concat({row}, ', ' /*pg ORDER BY id*/)"
+            f" || ']' FROM user_{shape.name} AS r WHERE r.user_id = users.user_id),"
+            " '[]')"
         )
     return field.column if field.schema is ID else text_sql(field.column)
 
@@ -963,9 +996,9 @@ class Query(NamedTuple):
 
     def where(self) -> tuple[str, list[Any]]:
         """The filters as SQL, with the values to bind."""
-        terms, values = ["1"], list[Any]()
+        terms, values = ["TRUE"], list[Any]()
         if self.q is not None:
-            terms.append("(instr(name_fold, ?) OR instr(mail_fold, ?))")
+            terms.append("(instr(name_fold, ?) > 0 OR instr(mail_fold, ?) > 0)")
             values += [fold(self.q)] * 2
         if self.name is not None:
             terms.append("name_fold IN (?, lower(?)) AND user_name = ?")
@@ -1086,7 +1119,8 @@ class Scope(threading.local):
 def refuse_shared_mail(db: sqlite3.Connection) -> None:
     """Raise Problem 409 where users share an address that is to be unique."""
     twice = db.execute(
-        "SELECT group_concat(user_id, ', ') FROM users WHERE mail_fold <> ''"
+        "SELECT group_concat(CAST(user_id AS TEXT), ', ') FROM users"
+        " WHERE mail_fold <> ''"
         " GROUP BY mail_fold HAVING count(*) > 1 ORDER BY min(user_id) LIMIT 10"
     ).fetchall()
     if twice:
@@ -1100,6 +1134,12 @@ class Store:
     `path` is a file, or `:memory:`. `on_change` is called with each change (a dict as
     /api/changes shows it) once it is committed.
     """
+
+    #: what it means that the database rolled a whole group back
+    lost: tuple[Any, ...] = (507, DISK_FULL)
+
+    def __new__(cls, path: str = "users.db", *_: Any, **__: Any) -> Store:
+        return super().__new__(PostgresStore if path.startswith(POSTGRESQL) else cls)
 
     def __init__(
         self,
@@ -1246,6 +1286,10 @@ class Store:
             try:
                 db = self._connect()
                 if not self.read_only:
+                    # of bytes, as what older programs stored need not be UTF-8
+                    db.create_function(
+                        "fold", 1, lambda b: fold(b.decode("utf-8", "replace"))
+                    )
                     self._migrate(db)
                 else:
                     db.execute("SELECT version FROM users LIMIT 1").fetchall()
@@ -1259,10 +1303,6 @@ class Store:
 
     def _migrate(self, db: sqlite3.Connection) -> None:
         """Take the schema to what this version wants, in one transaction."""
-        # of bytes, as what older programs stored need not be UTF-8
-        db.create_function(
-            "fold", 1, lambda data: fold(data.decode("utf-8", "replace"))
-        )
         if not any(self._wanted(db)):
             return
         db.execute("BEGIN IMMEDIATE")
@@ -1387,7 +1427,7 @@ class Store:
 
     def _end_part(self, scope: Transaction, db: sqlite3.Connection, keep: bool) -> None:
         if not db.in_transaction:  # SQLite rolled the whole group back
-            self._group_fault = Problem(507, DISK_FULL)
+            self._group_fault = Problem(*self.lost)
             return
         kept = False
         try:
@@ -1593,7 +1633,7 @@ class Store:
         `select` is SQL. With a `joint` it is one text, and a page's content is all
         of them joined; else it is columns, and the content is a list of tuples.
         """
-        key = SORTS[query.sort.lstrip("-")]
+        key = f"users.{SORTS[query.sort.lstrip('-')]}"
         more, down, last = (">", "", "max")
         if query.sort[0] == "-":
             more, down, last = ("<", " DESC", "min")
@@ -1605,13 +1645,13 @@ class Store:
                 beyond = f" AND ({key}, user_id) {more} (?, ?)"
             sql = (
                 f"SELECT {select} AS content, {key} AS key, user_id AS id FROM users"
-                f" WHERE {where}{beyond} ORDER BY {key}{down}, user_id{down}"
+                f" WHERE {where}{beyond} ORDER BY {key}{down}, users.user_id{down}"
                 f" LIMIT {size}"
             )
             if joint:
                 sql = (
                     f"SELECT group_concat(content, '{joint}'), count(*), {last}(key),"
-                    f" group_concat(id) FROM ({sql})"
+                    f" group_concat(CAST(id AS TEXT), ',') FROM ({sql}) AS page"
                 )
             page = make_page(self.rows(sql, [*values, *(after or ())]), joint)
             yield page
@@ -1839,16 +1879,17 @@ class Store:
 
     def _bound_graves(self, db: sqlite3.Connection) -> None:
         """Keep the graves of the highest ids; of all others the highest version."""
-        lower = "SELECT user_id FROM graves ORDER BY user_id DESC LIMIT -1 OFFSET ?"
-        highest = f"SELECT max(version) AS v FROM graves WHERE user_id IN ({lower})"
+        lower = (
+            "FROM graves WHERE user_id <= (SELECT user_id FROM graves"
+            " ORDER BY user_id DESC LIMIT 1 OFFSET ?)"
+        )
         db.execute(
-            "INSERT OR REPLACE INTO graves"
-            f" SELECT 0, v FROM ({highest}) WHERE v IS NOT NULL",
+            "INSERT INTO graves (user_id, version) SELECT 0, v FROM"
+            f" (SELECT max(version) AS v {lower}) AS g WHERE v IS NOT NULL"
+            " ON CONFLICT (user_id) DO UPDATE SET version = excluded.version",
             (GRAVES,),
         )
-        db.execute(
-            f"DELETE FROM graves WHERE user_id IN ({lower}) AND user_id > 0", (GRAVES,)
-        )
+        db.execute(f"DELETE {lower} AND user_id > 0", (GRAVES,))
 
     # Phones and addresses
 
@@ -1871,9 +1912,11 @@ class Store:
         self, shape: Shape, user: int, rows: Iterable[Item], stamp: int
     ) -> None:
         names = shape.names
+        sets = ", ".join(f"{name} = excluded.{name}" for name in ("stamp", *names))
         sql = (
-            f"INSERT OR REPLACE INTO user_{shape.name} (user_id, stamp,"
-            f" {', '.join(names)}) VALUES (?, ?{', ?' * len(names)})"
+            f"INSERT INTO user_{shape.name} (user_id, stamp, {', '.join(names)})"
+            f" VALUES (?, ?{', ?' * len(names)})"
+            f" ON CONFLICT (user_id, id) DO UPDATE SET {sets}"
         )
         values = [[user, stamp, *(row.get(name, "") for name in names)] for row in rows]
         if values:
@@ -1973,14 +2016,14 @@ class Store:
     ) -> None:
         """Keep an answer for a day, among the last 100,000, with what it answers."""
         db, now = self._writer(), int(time.time())
-        row = (key, now, digest, status, json.dumps(headers), body)
-        id = db.execute(
-            "INSERT OR REPLACE INTO retries (key, at, digest, status, headers, body)"
+        db.execute("DELETE FROM retries WHERE at <= ?", (now - DAY,))
+        db.execute(
+            "INSERT INTO retries (key, at, digest, status, headers, body)"
             " VALUES (?, ?, ?, ?, ?, ?)",
-            row,
-        ).lastrowid
-        db.execute("DELETE FROM retries WHERE at < ?", (now - DAY,))
-        db.execute("DELETE FROM retries WHERE id <= ?", ((id or 0) - 100_000,))
+            (key, now, digest, status, json.dumps(headers), body),
+        )
+        highest = "(SELECT max(id) FROM retries)"
+        db.execute(f"DELETE FROM retries WHERE id <= {highest} - 100000")
 
     def has_tokens(self) -> bool:
         """Whether any named token is in the database (looked up once in 2 ms)."""
@@ -2051,7 +2094,7 @@ class Store:
         found = [row[0] for row in self.rows("PRAGMA integrity_check(20)")]
         there = {name for (name,) in self.rows("SELECT name FROM sqlite_master")}
         made = re.findall(
-            r"CREATE (?:TABLE|INDEX|TRIGGER)(?: IF NOT EXISTS)? (\w+)", str(MIGRATIONS)
+            r"CREATE (?:TABLE|INDEX|TRIGGER)(?: IF NOT EXISTS)? (\w+)", self._made()
         )
         found += [f"{name} is missing" for name in made if name not in there]
         for name in SHAPES:
@@ -2060,6 +2103,10 @@ class Store:
             if orphans:
                 found.append(f"{orphans} rows of user_{name} have no user")
         return [fault for fault in found if fault != "ok"]
+
+    def _made(self) -> str:
+        """The statements that make all that has to be there."""
+        return re.sub(r"/\*pg.*?\*/", "", str(MIGRATIONS))
 
     def backup(self, path: str, progress: Callable[[int, int], None]) -> None:
         """A consistent copy under `path`, whole or not at all, while others write."""
@@ -2381,6 +2428,254 @@ def nothing_there(kind: str, ids: Sequence[int]) -> Problem:
     return Problem(404, ", ".join(told[:3]), errors)
 
 
+# What PostgreSQL does otherwise
+
+BEGIN = "BEGIN IMMEDIATE"
+_HERE = "relnamespace = current_schema()::regnamespace"
+_LOCK = f"pg_advisory_xact_lock({APPLICATION_ID}, hashtext(current_schema()))"
+#: from SQLite's words (patterns) to PostgreSQL's; `/*pg …*/` is for the latter alone
+DIALECT = (
+    (r"(?s)^(CREATE TRIGGER|UPDATE users SET version = 1,).*", ""),
+    (BEGIN, f"BEGIN READ WRITE; SET LOCAL lock_timeout = '5s'; SELECT {_LOCK}"),
+    (
+        r"^PRAGMA user_version$",
+        "SELECT coalesce(max(coalesce(substring(obj_description(oid, 'pg_class')"
+        f" FROM '^userapi ([0-9]+)$')::int, -1)), 0) FROM pg_class WHERE {_HERE}"
+        " AND relname = 'users'",
+    ),
+    (r"^PRAGMA user_version = (\d+)", r"COMMENT ON TABLE users IS 'userapi \1'"),
+    (
+        r"^PRAGMA table_info\((\w+)\)",
+        r"SELECT 0, attname FROM pg_attribute WHERE attrelid = '\1'::regclass",
+    ),
+    (
+        r"^PRAGMA index_list\((\w+)\)",
+        "SELECT 0, relname FROM pg_class JOIN pg_index ON indexrelid = oid"
+        r" WHERE indrelid = '\1'::regclass",
+    ),
+    (r"^PRAGMA integrity_check.*", "SELECT 'ok'"),
+    (r"^PRAGMA.*", ""),
+    (r" INTEGER PRIMARY KEY AUTOINCREMENT", " bigint PRIMARY KEY"),
+    (r"(?<! AS) INTEGER\b", " bigint"),
+    (r"(?<! AS) TEXT\b", ' text COLLATE "C"'),
+    (r"(?<! AS) BLOB\b", " bytea"),
+    (r" WITHOUT ROWID", ""),
+    (r"(?s)/\*pg (.*?)\*/", r"\1"),
+    (r"group_concat\(", "string_agg("),
+    (r'(?<!["\w])user(?=,| bigint| \|\|)', '"user"'),  # a reserved word
+    (
+        r"^SELECT type, name, sql FROM sqlite_master.*",
+        "SELECT 'INDEX', indexname, indexdef FROM pg_indexes WHERE schemaname ="
+        " current_schema() AND tablename = 'users' AND indexname LIKE 'users_by_%'",
+    ),
+    (
+        r"^SELECT name FROM sqlite_master$",
+        f"SELECT relname FROM pg_class WHERE {_HERE} UNION ALL SELECT tgname"
+        f" FROM pg_trigger JOIN pg_class AS c ON c.oid = tgrelid WHERE c.{_HERE}",
+    ),
+    (
+        r"instr\((\w+), \?\) > 0",
+        r"\1 LIKE '%' || regexp_replace(?, '([\\\\%_])', '\\\\\\1', 'g') || '%'",
+    ),
+)
+#: from an SQLSTATE to words that SQLite has for it
+SQLSTATES = {"55P03": "locked", "40001": "locked", "40P01": "locked", "53100": "full"}
+SQLSTATES.update(dict.fromkeys(("0A000", "25006", "42501"), "readonly"))
+SQLSTATES.update(dict.fromkeys(("XX001", "XX002", "42P01"), "malformed"))
+#: how long to wait for a server that does not answer, where the URL does not say
+PATIENCE = {"connect_timeout": 3, "keepalives_idle": 5, "keepalives_interval": 2}
+PATIENCE.update(keepalives_count=3, tcp_user_timeout=10_000)
+COPIED = re.compile(r"INSERT INTO (\w+ \([^()]*\)) VALUES \(([^()]*)\)")
+
+
+@functools.lru_cache(maxsize=512)
+def translate(sql: str) -> str:
+    """The text in PostgreSQL's words, with psycopg's marks where values go."""
+    for pattern, words in DIALECT:
+        sql = re.sub(pattern, words, sql)
+    return sql.replace("%", "%%").replace("?", "%s") if "?" in sql else sql
+
+
+class Postgres:
+    """A connection to PostgreSQL with what the Store uses of one of sqlite3's.
+
+    It is made when it is first used, and anew where it is found broken outside of a
+    transaction. Where no server takes writes, it goes for a second to one that reads.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            import psycopg
+        except ImportError:
+            raise SettingError(
+                "db: PostgreSQL needs psycopg: pip install 'psycopg[binary]'"
+            ) from None
+        self.url, self.driver = url, psycopg
+        self.raw: Any = None
+        self.begun, self.until = False, math.inf
+
+    def open(self) -> None:
+        self.close()
+        given = {**PATIENCE, **self.driver.conninfo.conninfo_to_dict(self.url)}
+        self.until = math.inf
+        try:
+            self.raw = self.driver.connect(autocommit=True, **given)
+        except self.driver.OperationalError:
+            if given.pop("target_session_attrs", "any") == "any":
+                raise
+            self.raw = self.driver.connect(autocommit=True, **given)
+            self.until = time.monotonic() + 1
+
+    def close(self) -> None:
+        if self.raw is not None:
+            self.raw.close()
+        self.raw = None
+
+    @property
+    def in_transaction(self) -> bool:
+        return self.begun and 1 <= self.raw.pgconn.transaction_status <= 3
+
+    def execute(self, sql: str, values: Sequence[Any] = ()) -> Any:
+        text = translate(sql)
+        try:
+            if not text:
+                return iter(())
+            if self.begun:
+                return self.raw.execute(text, values or None)
+            return self.begin(text, values, sql == BEGIN)
+        except self.driver.Error as fault:
+            raise self.fault(fault) from fault
+        finally:
+            self.begun = self.begun and sql not in ("COMMIT", "ROLLBACK")
+
+    def begin(self, text: str, values: Sequence[Any], begins: bool) -> Any:
+        """Execute what reads or begins, if need be over another connection."""
+        if self.raw is None or self.raw.closed or time.monotonic() > self.until:
+            self.open()
+        values = [v.replace("\0", "\uffff") if type(v) is str else v for v in values]
+        for last in (False, True):
+            try:
+                found = self.raw.execute(text, values or None)
+                self.begun = begins
+                return found
+            except self.driver.Error:
+                if not self.raw.closed:
+                    self.raw.rollback()
+                if last or not self.raw.closed:
+                    raise
+                self.open()
+
+    def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Many at once; new rows by COPY, which is the quickest."""
+        rows, copied = list(rows), COPIED.fullmatch(sql)
+        try:
+            with self.raw.cursor() as cursor:
+                if not copied or len(rows) < 20 and "?1" not in sql:
+                    cursor.executemany(translate(sql), rows)
+                    return
+                marks = enumerate(copied[2].split(", "), 1)
+                given = [
+                    int(mark[1:] or n) if mark[0] == "?" else 0 for n, mark in marks
+                ]
+                table = translate(copied[1])
+                with cursor.copy(f"COPY {table} FROM STDIN") as copy:
+                    for row in rows:
+                        row = (1, *row)  # for the one that is written there as such
+                        copy.write_row([row[n] for n in given])
+        except self.driver.Error as fault:
+            raise self.fault(fault) from fault
+
+    def fault(self, fault: Any) -> Exception:
+        """The fault as sqlite3 names it."""
+        state = fault.sqlstate or ""
+        if "NUL" in str(fault):
+            return Problem(422, "PostgreSQL keeps no text with U+0000 in it")
+        if state in SQLSTATES:
+            return sqlite3.OperationalError(SQLSTATES[state])
+        if isinstance(fault, self.driver.OperationalError):
+            return sqlite3.OperationalError("unable to open")
+        return sqlite3.ProgrammingError(str(fault))
+
+
+class PostgresStore(Store):
+    """Users in PostgreSQL, for any number of processes that write one at a time."""
+
+    lost = (503, "the database went away", (), [("Retry-After", "5")])
+    _loop_thread = 0
+
+    def _refuse_foreign(self) -> None:
+        """The first connection finds out."""
+
+    def _connect(self) -> Any:
+        return Postgres(self.path)
+
+    def _prepare(self) -> Any:
+        db = self._connect()
+        try:
+            ((version,),) = db.execute("PRAGMA user_version")
+        except sqlite3.OperationalError as fault:
+            told = str(fault.__cause__).strip().splitlines()[-1]
+            raise Problem(503, f"cannot be opened: {told}") from fault
+        if version < 0:
+            raise Problem(503, "has another program's table users")
+        if version > len(MIGRATIONS):
+            raise Problem(503, "was written by a newer userapi")
+        self._migrate(db)
+        return db
+
+    def _file_size(self) -> int:
+        return 0
+
+    def _commit(
+        self, db: Any, keep: bool, frees: bool, log: Log, changes: list[Item]
+    ) -> None:
+        try:
+            if keep:
+                self._write_log(db, log, changes)
+                well = db.in_transaction
+                if not well or db.execute("COMMIT").statusmessage != "COMMIT":
+                    raise sqlite3.OperationalError("unable to open")
+        finally:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+
+    def _make_room(self, db: Any) -> None:
+        """That is the server's affair."""
+
+    def open_group(self) -> None:
+        """Groups are run in threads; this thread is never to wait for the database."""
+        self._loop_thread = threading.get_ident()
+        self._group = self._connect()
+
+    def begin_group(self, wait: bool = False) -> bool:
+        self._group_thread = threading.get_ident()
+        return super().begin_group(wait=True)
+
+    def has_tokens(self) -> bool:
+        """As the Store's; while nobody answers, or in the loop's thread, what was known
+        last."""
+        if threading.get_ident() != self._loop_thread:
+            with contextlib.suppress(Problem):
+                return super().has_tokens()
+        return self._has_tokens[0]
+
+    def _made(self) -> str:
+        """But what may not be there, as an extension may not be."""
+        texts = map(translate, itertools.chain(*MIGRATIONS))
+        return " ".join(text for text in texts if not text.startswith("DO "))
+
+    def _set_aside(self) -> list[str]:
+        """Nothing: to take an index away would keep all readers out."""
+        return []
+
+    def backup(self, path: str, progress: Callable[[int, int], None]) -> None:
+        raise Problem(503, "backup copies a file: for PostgreSQL there is pg_dump")
+
+    def sizes(self) -> dict[str, int]:
+        sql = "SELECT pg_database_size(current_database())"
+        return {"database": self.rows(sql)[0][0]}
+
+
 # ── Operations ────────────────────────────────────────────────────────────────────
 
 JSON, NDJSON, CSV = "application/json", "application/x-ndjson", "text/csv"
@@ -2458,7 +2753,7 @@ def read_cursor(value: str) -> tuple[str, Any, int]:
         cursor = json.loads(base64.b64decode(padded, b"-_", validate=True))
         sort, key, id = cursor
         whole = isinstance(id, int) and abs(id) < 2**63 and sort.lstrip("-") in SORTS
-        if not whole or not isinstance(key, int if sort.endswith("id") else str):
+        if not whole or type(key) is not (int if sort.endswith("id") else str):
             raise ValueError
         to_json(key)
     except (ValueError, TypeError, AttributeError, RecursionError):
@@ -3866,7 +4161,8 @@ def open_store(
             settings.db, settings.unique_mail, settings.keep_changes, on_change
         )
     except Problem as problem:
-        raise Problem(problem.status, f"{settings.db}: {problem.detail}") from problem
+        told = f"{show_db(settings.db)}: {problem.detail}"
+        raise Problem(problem.status, told) from problem
 
 
 def problem_answer(problem: Problem) -> Answer:
@@ -5208,6 +5504,7 @@ WITH_BODIES = frozenset(("HTTP_TRANSFER_ENCODING", "CONTENT_LENGTH", "HTTP_EXPEC
 ALONE = frozenset(("HTTP_HOST", "CONTENT_LENGTH", "CONTENT_TYPE", "HTTP_AUTHORIZATION"))
 READ_SIZE = 256 * 1024  # bytes that a connection may have read ahead
 WAKE = 0.2  # seconds after which a stream that had nothing is asked again
+THREADS = 8  # threads that read where the database is not in this process
 SLOW_SYNC = 0.002  # seconds from which on a commit is given to a thread
 BURST = 32  # requests of one connection that are answered in one turn
 GRACE = 5  # seconds that are left to what was begun when the server is told to stop
@@ -5396,7 +5693,7 @@ class Connection(asyncio.Protocol):
             environ["CONTENT_LENGTH"] = str(len(body))
             environ["wsgi.input"] = io.BytesIO(body)
         self.busy = True
-        if environ["REQUEST_METHOD"] in SAFE or not self.server.group:
+        if environ["REQUEST_METHOD"] in self.server.direct or not self.server.group:
             self.answer(environ, self.call(environ))
         else:
             self.server.enqueue(self, environ)
@@ -5608,10 +5905,26 @@ class Connection(asyncio.Protocol):
         """Send a stream's next chunk, if the client takes it."""
         if self.stream is None or self.paused:
             return
-        try:
-            chunk = next(self.stream, None)
-        except Exception as fault:
-            self.server.app.report(self.streamed, fault)
+        if self.server.remote:
+            stream, self.stream = self.stream, None  # nobody else is to touch it
+            again = functools.partial(self.pulled, stream)
+            self.server.elsewhere(functools.partial(pull, stream), again)
+        else:
+            self.push(pull(self.stream))
+
+    def pulled(self, stream: Iterator[bytes], chunk: Any) -> None:
+        """A thread has the stream's next chunk."""
+        self.stream = stream
+        if self.transport.is_closing():
+            self.server.note(self.streamed)
+            self.end_stream()
+        else:
+            self.push(chunk)
+
+    def push(self, chunk: Any) -> None:
+        """Send a chunk; None is the end of the stream, an exception its failure."""
+        if isinstance(chunk, Exception):
+            self.server.app.report(self.streamed, chunk)
             self.transport.abort()  # the client must see that it is not whole
             return
         if chunk and self.room >= 0:  # never more than was announced
@@ -5719,6 +6032,14 @@ def head_lines(status: str, headers: tuple[tuple[str, str], ...]) -> str:
     return text
 
 
+def pull(stream: Iterator[bytes]) -> Any:
+    """A stream's next chunk, None at its end, or what went wrong."""
+    try:
+        return next(stream, None)
+    except Exception as fault:
+        return fault
+
+
 def close_body(body: Any) -> None:
     if hasattr(body, "close"):
         body.close()
@@ -5738,6 +6059,10 @@ class Server:
     def __init__(self, app: UserAPI) -> None:
         self.app, self.settings, self.store = app, app.settings, app.store
         self.group = not self.store.memory
+        self.remote = isinstance(self.store, PostgresStore)
+        #: the methods that are answered in the loop, as the database is never slow
+        self.direct = () if self.remote else SAFE
+        self.reading = 0  # what is under way in the threads of readers
         self.connections: set[Connection] = set()
         self.sleeping: set[Connection] = set()
         self.waiting: list[Turn] = []
@@ -5764,6 +6089,9 @@ class Server:
 
     def enqueue(self, connection: Connection, environ: Environ) -> None:
         """Have a request that may write run with those of the same turn."""
+        if self.remote and environ["REQUEST_METHOD"] in SAFE:
+            self.read(connection, environ)
+            return
         self.waiting.append((connection, environ))
         if len(self.waiting) == 1 and not self.committing:
             self.loop.call_soon(self.flush)
@@ -5773,7 +6101,9 @@ class Server:
         if self.committing or not (self.waiting or self.store.waiting):
             return
         self.committing = True
-        if self.store.begin_group():
+        if self.remote:
+            self.run_group_elsewhere()
+        elif self.store.begin_group():
             self.run_group()
         else:  # another program writes: wait for it, but not here
             begin = functools.partial(self.store.begin_group, wait=True)
@@ -5791,6 +6121,37 @@ class Server:
             self.finish(done, fault)
         else:
             self.finish(done, None)
+
+    def run_group_elsewhere(self) -> None:
+        """Run what waits, and commit it, in a thread: a slow database is no reason not
+        to answer others."""
+        turns, self.waiting = self.waiting, []
+        done: list[tuple[Turn, Any]] = []
+
+        def work() -> None:
+            self.store.begin_group()
+            done.extend((turn, turn[0].call(turn[1])) for turn in turns)
+            self.commit()
+
+        self.in_thread(work, lambda fault: self.finish(done, fault))
+
+    def read(self, connection: Connection, environ: Environ) -> None:
+        """Answer what only reads, in a thread; whether we live needs no database."""
+        answer = functools.partial(connection.answer, environ)
+        if environ["PATH_INFO"] in ("/health", "/health/"):
+            answer(connection.call(environ))
+        else:
+            self.elsewhere(functools.partial(connection.call, environ), answer)
+
+    def elsewhere(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Do the work in a reader's thread, and go on here with what it gives."""
+
+        def done(future: asyncio.Future[Any]) -> None:
+            self.reading -= 1
+            then(future.result())
+
+        self.reading += 1
+        self.loop.run_in_executor(self.readers, work).add_done_callback(done)
 
     def commit(self) -> None:
         """Commit, and learn how long that takes here."""
@@ -5907,6 +6268,10 @@ class Server:
         self.stopped = asyncio.Event()
         if self.group:
             self.store.open_group()
+        if self.remote:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self.readers = ThreadPoolExecutor(THREADS)
         self.sweep()
         self.handle_signals()
         tls = make_tls(self.settings) if self.settings.cert else None
@@ -5934,10 +6299,10 @@ class Server:
         self.sweeper.cancel()
         if is_socket(self.settings.unix):
             os.unlink(self.settings.unix)
+        if self.logging or self.remote and (self.reading or self.committing):
+            os._exit(0)  # nobody takes the log or asks us: a thread would never end
         if self.group:
             self.store.close_group()
-        if self.logging:  # nobody takes the log: its thread would never end
-            os._exit(0)
 
     def handle_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -6068,7 +6433,7 @@ def serve(app: UserAPI, **settings: Any) -> None:
     server.base["SERVER_PORT"] = str(url.rpartition(":")[2].rstrip("/"))
     users = app.store.count_users()
     told = (
-        f"userapi {__version__} on {url} · {app.settings.db}, {users}"
+        f"userapi {__version__} on {url} · {show_db(app.settings.db)}, {users}"
         f" user{'s' * (users != 1)} · "
         + ("token needed" if app.guard.configured else "no token: this host only")
     )
@@ -6198,7 +6563,7 @@ def add_settings(parser: Any, names: Sequence[str] | None) -> None:
 
 def run_serve(given: Item) -> int:
     settings = Settings(given)
-    if not settings.token and not os.path.exists(settings.db):
+    if not settings.token and is_missing(settings.db):
         refuse_exposed(settings)  # before a database is made
     serve(UserAPI(**given))
     return 0
@@ -6363,10 +6728,10 @@ def run_command(command: str, given: Item) -> int:
     if command in RUN:
         return RUN[command](given)
     settings = Settings({name: given[name] for name in STORE_SETTINGS})
-    if given.get("dry_run") and not os.path.exists(settings.db):
+    if given.get("dry_run") and is_missing(settings.db):
         settings.update({"db": ":memory:"})
     makes = command == "import" or given.get("action") == "add"
-    if not makes and settings.db != ":memory:" and not os.path.exists(settings.db):
+    if not makes and is_missing(settings.db):
         raise Problem(404, f"{settings.db}: there is no such database")
     with contextlib.closing(open_store(settings)) as store:
         return RUN_ON_STORE[command](store, given)
