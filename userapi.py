@@ -2510,7 +2510,8 @@ class Postgres:
             raise SettingError(
                 "db: PostgreSQL needs psycopg: pip install 'psycopg[binary]'"
             ) from None
-        self.url, self.driver = url, psycopg
+        self.url = url
+        self.driver: Any = psycopg
         self.raw: Any = None
         self.begun, self.until = False, math.inf
 
