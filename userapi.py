@@ -642,14 +642,14 @@ class Checker(NamedTuple):
     """How items of one request are checked; what is wrong is added to `faults`.
 
     `members` are the names that may be sent; with `partial` only what is sent is
-    checked (a merge); with `times` created and updated are kept (an import).
+    checked (a merge); `keeps` names what is kept though it is read-only (an import).
     """
 
     shape: Shape
     members: Sequence[str]
     faults: Faults
     partial: bool = False
-    times: bool = False
+    keeps: Sequence[str] = ()
 
     def check(self, place: Place, item: Any, id_rule: int | str = "optional") -> Item:
         """The item as it is stored. `id_rule` is optional, required, or the URI's."""
@@ -682,8 +682,9 @@ class Checker(NamedTuple):
         if field is None or name not in self.members:
             raise ValueError("is no member that can be sent here")
         if field.read_only:
-            if self.times and name in ("created", "updated"):
-                values[name] = check_time(value)
+            if name in self.keeps:
+                check = check_id if field.schema is ID else check_time
+                values[name] = check(value)
         elif self.partial and value is None and name != "id":
             if field.required:
                 raise ValueError("is required")
@@ -1741,18 +1742,19 @@ class Store:
                 if count > MAX_ID:
                     raise Problem(409, "there is no id left")
             id = item.setdefault("id", count)
-            version = 1
+            version = item.get("version", 1)
             if id <= highest:
-                version += max(graves.get(id, 0), graves.get(0, 0))
+                version = max(version, graves.get(id, 0) + 1, graves.get(0, 0) + 1)
             times = item.get("created", now), item.get("updated", now)
             folds = fold(item["name"]), fold(item["mail"])
             lasts = [number_rows(item[n], 0) if n in item else 0 for n in SHAPES]
             columns = [item.get(name, "") for name in WRITTEN]
             rows.append((id, version, *times, *lasts, *columns, *folds))
-            for name in SHAPES.keys() & item.keys():
-                self._put_rows(SHAPES[name], id, item[name], 1)
             self._log("create", (id,), tuple(filter(item.get, LOGGED)))
         db.executemany(INSERT_SQL, rows)
+        for name, shape in SHAPES.items() if not alone else ():
+            below = [(item["id"], item[name]) for item in new if name in item]
+            self._put_rows(shape, below, 1)
         self._highest = count
         return [row[0] for row in rows]
 
@@ -1799,7 +1801,7 @@ class Store:
         version = self._raise_version(row, sets, tuple(fields))
         for shape in lists:
             self._drop_rows(shape, row["id"])
-            self._put_rows(shape, row["id"], item[shape.name], version)
+            self._put_rows(shape, [(row["id"], item[shape.name])], version)
         return version
 
     def _raise_version(self, row: Item, sets: Item, fields: tuple[str, ...]) -> int:
@@ -1909,16 +1911,26 @@ class Store:
         return {row[0]: dict(zip(shape.names, row)) for row in found}
 
     def _put_rows(
-        self, shape: Shape, user: int, rows: Iterable[Item], stamp: int
+        self,
+        shape: Shape,
+        below: Iterable[tuple[int, Iterable[Item]]],
+        stamp: int,
+        replace: bool = False,
     ) -> None:
+        """Write rows below users; with `replace` some may be there."""
         names = shape.names
-        sets = ", ".join(f"{name} = excluded.{name}" for name in ("stamp", *names))
         sql = (
             f"INSERT INTO user_{shape.name} (user_id, stamp, {', '.join(names)})"
             f" VALUES (?, ?{', ?' * len(names)})"
-            f" ON CONFLICT (user_id, id) DO UPDATE SET {sets}"
         )
-        values = [[user, stamp, *(row.get(name, "") for name in names)] for row in rows]
+        if replace:
+            sets = ", ".join(f"{name} = excluded.{name}" for name in ("stamp", *names))
+            sql += f" ON CONFLICT (user_id, id) DO UPDATE SET {sets}"
+        values = [
+            [user, stamp, *(row.get(name, "") for name in names)]
+            for user, rows in below
+            for row in rows
+        ]
         if values:
             self._writer().executemany(sql, values)
 
@@ -1950,7 +1962,7 @@ class Store:
             last = f"last_{shape.name}"
             sets = {last: number_rows(rows, row[last])}
             version = self._raise_version(row, sets, (shape.name,))
-            self._put_rows(shape, user, rows, version)
+            self._put_rows(shape, [(user, rows)], version, how != "create")
         return [value["id"] for value in rows], version
 
     def delete_rows(
@@ -2224,7 +2236,7 @@ class Saving:
 
     `how` is create, replace or merge; `id` the URI's; `check` sees the version of a
     user before it is changed; `conflict` says what is done about an id that is taken;
-    `times` keeps created and updated of new users; `most` bounds the faults told.
+    `keeps` names what is kept of new users; `most` bounds the faults told.
     """
 
     def __init__(
@@ -2236,7 +2248,7 @@ class Saving:
         id: int | None = None,
         check: Callable[[int], None] | None = None,
         conflict: str = "fail",
-        times: bool = False,
+        keeps: Sequence[str] = (),
         most: int = 30_000,
     ) -> None:
         self.store, self.creates, self.conflict = store, how == "create", conflict
@@ -2244,7 +2256,7 @@ class Saving:
         self.rule = id or ("optional" if self.creates else "required")
         self.saved = Saved(array.array("q"), array.array("q"), array.array("q"))
         self.faults, self.seen = Faults(most), Seen()
-        self.checker = Checker(USER, members, self.faults, how == "merge", times)
+        self.checker = Checker(USER, members, self.faults, how == "merge", keeps)
         self.aside: list[str] | None = None
 
     def save(self, batches: Iterable[Iterable[Entry]]) -> Saved:
@@ -2664,10 +2676,6 @@ class PostgresStore(Store):
         """But what may not be there, as an extension may not be."""
         texts = map(translate, itertools.chain(*MIGRATIONS))
         return " ".join(text for text in texts if not text.startswith("DO "))
-
-    def _set_aside(self) -> list[str]:
-        """Nothing: to take an index away would keep all readers out."""
-        return []
 
     def backup(self, path: str, progress: Callable[[int, int], None]) -> None:
         raise Problem(503, "backup copies a file: for PostgreSQL there is pg_dump")
@@ -3193,6 +3201,9 @@ def guard(cell: Any) -> Any:
 READERS = {CSV: read_csv, NDJSON: read_ndjson}
 
 
+KEPT = ("created", "updated")
+
+
 def import_users(
     store: Store,
     file: Any,
@@ -3201,13 +3212,14 @@ def import_users(
     view: str = "v2",
     conflict: str = "fail",
     most: int | None = None,
+    keeps: Sequence[str] = KEPT,
     watch: Callable[[int], None] = lambda line: None,
 ) -> Item:
     """Read CSV or NDJSON into the store, all of it or nothing, in bounded memory.
 
-    `most` bounds the items (413); `watch` is told how many have been read. Gives the
-    numbers of users created, replaced and skipped. Raises Problem 422 or 409 with the
-    bad lines.
+    `most` bounds the items (413); `keeps` names what is kept of new users; `watch` is
+    told how many have been read. Gives the numbers of users created, replaced and
+    skipped. Raises Problem 422 or 409 with the bad lines.
     """
 
     def watched() -> Iterator[Iterable[Entry]]:
@@ -3221,7 +3233,7 @@ def import_users(
 
     members = VIEWS[view] if media == NDJSON else CSV_MEMBERS
     saving = Saving(
-        store, "create", members, conflict=conflict, times=True, most=IMPORT_FAULTS
+        store, "create", members, conflict=conflict, keeps=keeps, most=IMPORT_FAULTS
     )
     saved = saving.save(watched())
     return {name: len(ids) for name, ids in zip(Saved._fields, saved)}
@@ -6615,7 +6627,12 @@ def run_import(store: Store, given: Item) -> int:
 
         with store.transaction(keep=not given["dry_run"]):
             counts = import_users(
-                store, file, media, conflict=given["conflict"], watch=watch
+                store,
+                file,
+                media,
+                conflict=given["conflict"],
+                keeps=(*KEPT, "version"),  # who moves a database moves its ETags
+                watch=watch,
             )
         progress.end()
     print(", ".join(f"{count} {name}" for name, count in counts.items()))
