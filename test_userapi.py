@@ -2972,6 +2972,22 @@ def test_an_import_can_be_retried(client):
     assert len(client.users()) == 5
 
 
+def test_answers_are_kept_for_retries_while_there_is_room(client, monkeypatch):
+    monkeypatch.setattr(userapi, "RETRIES", 2000)
+
+    def create(key: str) -> str:
+        user = {"name": key * 30, "mail": "a@b"}
+        items = {"items": [user] * (20 if key == "d" else 1)}
+        answer = client("POST /api/user", items, keyed(key))
+        assert answer.status_int == 201
+        return answer.headers.get("Idempotency-Replayed", "false")
+
+    assert [create(key) for key in "abc"] == ["false"] * 3
+    assert [create(key) for key in "abc"] == ["true"] * 3
+    assert create("d") == "false", "which takes all of it"
+    assert [create(key) for key in "dabc"] == ["true"] + ["false"] * 3
+
+
 def test_a_key_outlives_the_process(connect):
     client = connect()
     first = client("POST /api/user", {"item": GRACE}, keyed("k"))

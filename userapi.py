@@ -855,7 +855,6 @@ POSTGRES_MADE = (
     " LANGUAGE sql AS $$ SELECT coalesce(to_json($1)::text, 'null') $$*/",
     "/*pg CREATE VIEW sqlite_sequence AS SELECT 'users' AS name, greatest("
     "(SELECT max(user_id) FROM users), (SELECT max(user_id) FROM graves)) AS seq*/",
-    "/*pg ALTER TABLE retries ALTER id ADD GENERATED ALWAYS AS IDENTITY*/",
     "/*pg CREATE FUNCTION bury() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
     " DELETE FROM user_phone WHERE user_id = OLD.user_id;"
     " DELETE FROM user_address WHERE user_id = OLD.user_id;"
@@ -2026,16 +2025,20 @@ class Store:
     def keep_retry(
         self, key: bytes, digest: bytes, status: int, headers: Headers, body: bytes
     ) -> None:
-        """Keep an answer for a day, among the last 100,000, with what it answers."""
-        db, now = self._writer(), int(time.time())
+        """Keep an answer for a day, with what it answers, while there is room.
+
+        An id is how many bytes there have been up to its end.
+        """
+        db, now, told = self._writer(), int(time.time()), json.dumps(headers)
         db.execute("DELETE FROM retries WHERE at <= ?", (now - DAY,))
+        ((last,),) = db.execute("SELECT coalesce(max(id), 0) FROM retries")
+        last += len(told) + len(body) + 200  # with the key, the digest and the rest
         db.execute(
-            "INSERT INTO retries (key, at, digest, status, headers, body)"
-            " VALUES (?, ?, ?, ?, ?, ?)",
-            (key, now, digest, status, json.dumps(headers), body),
+            "INSERT INTO retries (id, key, at, digest, status, headers, body)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (last, key, now, digest, status, told, body),
         )
-        highest = "(SELECT max(id) FROM retries)"
-        db.execute(f"DELETE FROM retries WHERE id <= {highest} - 100000")
+        db.execute("DELETE FROM retries WHERE id <= ?", (last - RETRIES,))
 
     def has_tokens(self) -> bool:
         """Whether any named token is in the database (looked up once in 2 ms)."""
@@ -2165,6 +2168,7 @@ class Store:
 
 
 DAY = 24 * 60 * 60
+RETRIES = 64 << 20  # bytes of answers that are kept for retries, the last ones
 TABLES_SQL = (
     "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
 )
