@@ -114,7 +114,7 @@ class Setting(NamedTuple):
 
 SETTINGS = (
     Setting("db", "users.db", "path of the SQLite file, :memory:, or postgresql://…"),
-    Setting("host", "127.0.0.1", "address to listen on"),
+    Setting("host", "127.0.0.1", "address to listen on; :: is all, IPv4's too"),
     Setting("port", 8080, "port to listen on; 0 picks a free one"),
     Setting("unix", "", "path of a Unix socket to listen on instead"),
     Setting("cert", "", "TLS certificate chain (PEM file); goes with key"),
@@ -6430,7 +6430,9 @@ def open_sockets(settings: Settings) -> list[socket.socket]:
             sock.bind(settings.unix)
         else:
             family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-            sock = socket.create_server((settings.host, settings.port), family=family)
+            both = settings.host == "::" and socket.has_dualstack_ipv6()
+            where = (settings.host, settings.port)
+            sock = socket.create_server(where, family=family, dualstack_ipv6=both)
         return [sock]
     except OSError as fault:
         raise SettingError(f"cannot listen: {reason(fault)}") from None

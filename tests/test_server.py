@@ -2117,6 +2117,18 @@ def has_ipv6():
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on this host")
+def test_all_addresses_are_those_of_ipv4_too(tmp_path):
+    token = tmp_path / "token"
+    token.write_text("sesame")
+    token.chmod(0o600)
+    with Server(tmp_path, "--host", "::", "--token-file", token) as server:
+        for host in ("127.0.0.1", "::1"):
+            with socket.create_connection((host, server.port), 10) as sock:
+                sock.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+                assert sock.recv(1000).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on this host")
 def test_ipv6(tmp_path):
     with Server(tmp_path, "--host", "::1") as server:
         assert server.url.startswith("http://[::1]:")
