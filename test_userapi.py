@@ -4384,6 +4384,7 @@ TARGETS = [
     ("OPTIONS", "a", 400),
     ("GET", "http://", 400),
     ("GET", "http:/a", 400),
+    ("GET", "http://a@b/", 400),
     ("GET", "ftp://a/", 400),
     ("GET", "a/b", 400),
     ("GET", "/a#b", 400),
@@ -4477,17 +4478,51 @@ def test_a_connection_is_kept(server):
 
 
 def test_deadlines(db):
-    """An idle one is closed without a word; half a head or half a body is a 408."""
-    app = UserAPI(str(db), head_timeout=1, body_timeout=1, idle_timeout=1)
-    with hosting(app) as (_, url):
-        socks = [dial(url) for _ in range(3)]
-        socks[1].sendall(b"GET / HTTP/1.1\r\nHost: loc")
-        socks[2].sendall(JSON_POST.replace("|", "\r\n").encode())
-        socks[2].sendall(b"Content-Length: 50\r\n\r\nhalf")
-        answers = [hear(sock) for sock in socks]
-        for sock in socks:
-            sock.close()
-    assert [statuses(answer) for answer in answers] == [[], [408], [408]]
+    """Half a head or half a body is a 408, however slowly more comes; an idle one is
+    closed without a word."""
+    with hosting(UserAPI(str(db))) as (server, url), contextlib.ExitStack() as stack:
+        server.settings.head_timeout = server.settings.body_timeout = 0.3
+        idle, head, body = [stack.enter_context(dial(url)) for _ in range(3)]
+        head.sendall(ASK_HEALTH[:20])
+        pass_a_second(server)
+        head.sendall(ASK_HEALTH[20:] + ASK_HEALTH[:-2] + b"X: ")
+        body.sendall(JSON_POST.replace("|", "\r\n").encode())
+        body.sendall(b"Content-Length: 5000\r\n\r\nhalf")
+        waiting, answers = [head, body], []
+        while waiting:
+            pass_a_second(server)
+            there = select.select(waiting, [], [], 0.05)[0]
+            answers += [hear(sock) for sock in there]
+            waiting = [sock for sock in waiting if sock not in there]
+            for sock in waiting:
+                sock.sendall(b"a")
+        assert sorted(map(statuses, answers)) == [[200, 408], [408]]
+        assert not readable(idle)
+        server.settings.idle_timeout = 0.1
+        late = stack.enter_context(dial(url))
+        wait_until(lambda: pass_a_second(server) or readable(late))
+        assert hear(late) == b"" and not readable(idle)
+
+
+CLOSE = f"{AT}Connection: close|"  # with each | a byte longer on the wire
+#: (a head in two pieces; limits that it just keeps).
+HALF_HEADS = [
+    ("GET /" + "a" * 95, f" HTTP/1.1|{CLOSE}|", {"max_line": 109}),
+    ("GET /" + "a" * 95 + " HTTP/1.1", f"|{CLOSE}|", {"max_line": 109}),
+    ("GET /" + "a" * 95, f" HTTP/1.1|{CLOSE}|", {"max_line": 109, "max_head": 50}),
+    (f"GET / HTTP/1.1|{CLOSE}", "|", {"max_head": len(CLOSE) + 2}),
+    (f"GET / HTTP/1.1|{CLOSE}\r", "\n", {"max_head": len(CLOSE) + 2}),
+]
+
+
+@pytest.mark.parametrize("first, rest, limits", HALF_HEADS)
+def test_a_limit_counts_the_same_wherever_a_piece_ends(db, first, rest, limits):
+    first, rest = (piece.replace("|", "\r\n").encode() for piece in (first, rest))
+    with hosting(UserAPI(str(db), **limits)) as (server, url), dial(url) as sock:
+        sock.sendall(first)
+        wait_until(lambda: first in [one.buffer for one in server.connections])
+        sock.sendall(rest)
+        assert statuses(hear(sock)) in ([200], [404])
 
 
 def test_connections_and_bodies_in_flight_are_bounded(db):

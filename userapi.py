@@ -5723,7 +5723,8 @@ class Connection(asyncio.Protocol):
         line_end = buffer.find(b"\r\n", 0, settings.max_line + 2)
         if line_end < 0 and len(buffer) > settings.max_line:
             raise Problem(414, f"{settings.max_line} bytes are the most")
-        size = (end if end >= 0 else len(buffer)) - line_end
+        # of CR LF CR LF all but the last may be there
+        size = (end if end >= 0 else len(buffer) - 3) - line_end
         if size > settings.max_head and line_end >= 0:
             raise Problem(431, f"{settings.max_head} bytes are the most")
         if end < 0:
