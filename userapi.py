@@ -4262,372 +4262,301 @@ def has_surrogates(text: str) -> bool:
 
 # ── Contract ──────────────────────────────────────────────────────────────────────
 
-#: statuses that follow from what an operation is, beside the `problems` of its own
+#: statuses that any operation can answer, beside those that follow from what it is
 ANYWHERE = (400, 403, 406, 408, 414, 417, 431, 500, 501, 503, 505)
-GUARDED, WITH_BODY, WRITING = (401, 429), (411, 413, 415), (422, 507)
 PROBLEM_HEADERS = {401: "WWW-Authenticate", 405: "Allow", 415: "Accept"}
 PROBLEM_HEADERS.update(dict.fromkeys((429, 503, 507), "Retry-After"))
-HEADERS = {
-    "ETag": "The user's version, for If-Match and If-None-Match.",
-    "Location": "Where it is, when one was created.",
-    "Link": "The next page, where there is one.",
-    "Idempotency-Replayed": "`true`: this was answered to the same request before.",
-    "WWW-Authenticate": "How to send a token.",
-    "Allow": "The methods that there are.",
-    "Accept": "The media types to send.",
-    "Retry-After": "Seconds after which to try again.",
-}
 #: no parameter: no schema can say that a key goes with one body and without dry_run
 IDEMPOTENCY_KEY = (
-    "With a header Idempotency-Key (1 to 255 visible ASCII characters) a request is"
+    " With a header Idempotency-Key (1 to 255 visible ASCII characters) a request is"
     " done once within a day, and its repetition answered as it was; not with dry_run."
 )
-TEXT: Item = {"type": "string"}
-COUNT: Item = {"type": "integer", "minimum": 0}
-ACKNOWLEDGED: Item = {"code": {"const": 0}, "message": {"const": "SUCCESS"}}
-#: The one thing that is here for a tool: Schemathesis makes values up, and where no
-#: schema can say what goes well (ids that differ, an ETag, a cursor, CSV), it is told
-#: by `if` which values it may make up. `else` is true of every other value, but with
-#: none to draw: a property of ECMA-262 that Python's patterns do not have, or readOnly.
-GIVEN = {"$ref": "#/x-given"}
-X_GIVEN: Item = {"description": "Any that is given, by an answer or by whoever knows."}
-X_GIVEN.update(pattern=r"^\p{Any}*$", readOnly=True)
-PLAIN_NAME = "^[!-~][ -~¡-¬®-ɏ]*$"
+HOW = {"POST": "Create", "PUT": "Replace", "PATCH": "Merge"}
 #: how items are sent; of Each, many in one request, and each names its id
 HOWS = ("Create", "Replace", "ReplaceEach", "Merge", "MergeEach")
-_AT: Item = {"seq": 1, "at": STAMP_EXAMPLE, "actor": None}
-SAMPLES: Item = {
+TEXT: Item = {"type": "string"}
+NULLABLE: Item = {"type": ["string", "null"]}
+COUNT: Item = {"type": "integer", "minimum": 0}
+FAULT: Item = {"pointer": "", "parameter": "", "header": "", "line": 1, "detail": ""}
+SAMPLES: dict[str, Item] = {
     "/health": {"status": "ok"},
-    "/changes": {"results": [{**_AT, "op": "update", "user": 1, "fields": ["name"]}]},
+    "/changes": {"results": [{
+        "seq": 1, "at": STAMP_EXAMPLE, "actor": None, "op": "update", "user": 1,
+        "fields": ["name"],
+    }]},
+}  # fmt: skip
+GIVEN = {"$ref": "#/x-given"}
+
+
+def given(schema: Item, *, made_up: Item, **other: Any) -> Item:
+    """The schema of a value that is given, by an answer or by whoever knows.
+
+    This is the one thing that is here for a tool: Schemathesis makes values up, and no
+    schema says what goes well of a cursor, an ETag, CSV, or ids that must differ. `if`
+    says what it may make up; `else` is true of every other value, but has none to draw:
+    readOnly, or a pattern of ECMA-262 that Python does not have.
+    """
+    return {**schema, "if": made_up, "else": other or GIVEN}
+
+
+#: schemas of parameters in some operations, by method or path
+NARROWED: dict[tuple[str, str], Item] = {
+    ("GET", "after"): given(NULLABLE, made_up={"type": "null"}, minLength=16, **GIVEN),
+    ("DELETE", "id"): {**ID_LIST, "uniqueItems": True},
+    # after a DELETE that was just a try, all is still there
+    ("DELETE", "dry_run"): given(TEXT, made_up={"enum": ["false", "0"]}),
 }
-REQUEST_HEADERS: dict[str, tuple[str, Item]] = {
-    "If-Match": (
-        "Only while the user's ETag is one of these; 412 when someone was faster.",
-        {**TEXT, "if": {"const": "*"}, "else": GIVEN},
-    ),
-    "If-None-Match": ("The ETag of what is known already; then it is a 304.", TEXT),
-    "Last-Event-ID": (
-        "The seq of a change, after which the event stream goes on; beats since.",
-        PARAMS["since"].schema,
-    ),
-}
-GIVEN_PARAMS: dict[tuple[str, str], Item] = {
-    ("GET", "after"): {
-        "type": ["string", "null"],
-        "if": {"type": "null"},
-        "else": {"minLength": 16, **GIVEN},
-    },
-    # what has been deleted for a try is still there
-    ("DELETE", "dry_run"): {**TEXT, "if": {"enum": ["false", "0"]}, "else": GIVEN},
+#: (description, schema) of the headers that operations read
+REQUEST_HEADERS = {
+    "If-Match": ("ETags of the user; else 412.", given(TEXT, made_up={"const": "*"})),
+    "If-None-Match": ("The ETag of what is known; then 304.", TEXT),
+    "Last-Event-ID": ("Where the event stream goes on.", PARAMS["since"].schema),
 }
 
 
-def ref(kind: str, name: str) -> Item:
+def follows(found: Operation) -> list[Any]:
+    """What follows from what an operation is: the headers that it reads and answers
+    with, and the statuses of problems."""
+    users, writes = found.path.startswith("/user"), found.writes
+    there: dict[tuple[Any, ...], Any] = {
+        ("If-Match",): writes and 412 in found.problems,
+        ("If-None-Match", 412): users and not writes,
+        ("Last-Event-ID",): EVENTS in found.answers,
+        ("ETag",): users and found.method != "DELETE",
+        ("Location",): found.status == 201,
+        ("Link",): "limit" in found.params,
+        ("Idempotency-Replayed",): found.method == "POST",
+        (401, 429): found.path != "/health",
+        (405,): writes and found.path == "/user/<id:id>",  # none of them at /user/0
+        (411, 413, 415): found.takes,
+        (422, 507): writes,
+        (428,): 412 in found.problems and not found.bulk,
+    }
+    return [each for group, holds in there.items() if holds for each in group]
+
+
+def ref(name: str, kind: str = "schemas") -> Item:
     return {"$ref": f"#/components/{kind}/{name}"}
 
 
-def shape_of(found: Operation) -> Shape:
-    return SHAPES.get(found.shape, USER)
-
-
-def is_about_users(found: Operation) -> bool:
-    return found.path.startswith("/user")
-
-
-def shape_name(shape: Shape, view: str, how: str = "") -> str:
-    return shape.name.title() + (view.upper() if shape is USER else "") + how
-
-
-def members_of(shape: Shape, view: str) -> list[Field]:
-    return [f for f in shape.fields if shape is not USER or f.name in VIEWS[view]]
-
-
-def closed(properties: Item, required: Iterable[str]) -> Item:
+def closed(properties: Item, required: Iterable[str] = ()) -> Item:
     """The schema of an object with these members and no others."""
     schema = {"type": "object", "properties": properties, "required": list(required)}
     return {**schema, "additionalProperties": False}
 
 
-def list_of(shape: Shape, view: str, how: str, **more: Any) -> Item:
-    """A list of what is sent, in which ids differ."""
-    schema = {"type": "array", "items": ref("schemas", shape_name(shape, view, how))}
-    other = {"items": {"properties": {"id": GIVEN}}}
-    return {**schema, **more, "if": {"maxItems": 1}, "else": other}
-
-
 def schema_of(sample: Any) -> Item:
     """The schema of what looks like this; null may also be a text."""
     if isinstance(sample, dict):
-        return closed(
-            {name: schema_of(value) for name, value in sample.items()}, sample
-        )
+        properties = {name: schema_of(value) for name, value in sample.items()}
+        fixed = {n: {"const": sample[n]} for n in ("code", "message") if n in sample}
+        return closed({**properties, **fixed}, sample)
     if isinstance(sample, list):
         return {"type": "array", "items": schema_of(sample[0])}
-    if sample is None:
-        return {"type": ["string", "null"]}
-    return COUNT if isinstance(sample, int) else TEXT
+    if isinstance(sample, int):
+        return COUNT
+    return {None: NULLABLE, STAMP_EXAMPLE: STAMP}.get(sample, TEXT)
 
 
-def shown_schema(shape: Shape, view: str) -> Item:
-    """What is shown of a user or row; what older programs stored keeps no patterns."""
-    properties = {}
-    for field in members_of(shape, view):
-        kept = {k: v for k, v in field.schema.items() if k in ("type", "format")}
-        if field.rows:
-            kept["items"] = ref("schemas", shape_name(SHAPES[field.rows], view))
-        properties[field.name] = {"title": field.title, **kept}
-    # of a user, the parameter fields may leave out any
-    return closed(properties, () if shape is USER else properties)
+class Form(NamedTuple):
+    """What is shown and sent of a shape in a view."""
 
+    shape: Shape
+    view: str
 
-def sent_schema(field: Field, view: str) -> Item:
-    """What a member may hold."""
-    schema = {"title": field.title, **field.schema}
-    if field.rows:
-        return list_of(SHAPES[field.rows], view, "Create", **schema)
-    if field.clean:
-        schema.update({"if": {"pattern": PLAIN_NAME}, "else": GIVEN})
-    return schema
+    def name(self, how: str = "") -> str:
+        view = self.view.upper() if self.shape is USER else ""
+        return f"{self.shape.name.title()}{view}{how}"
 
+    def fields(self) -> list[Field]:
+        names = VIEWS[self.view] if self.shape is USER else self.shape.names
+        return [self.shape.by_name[name] for name in names]
 
-def item_schema(shape: Shape, view: str, how: str) -> Item:
-    """What may be sent of a user or row; the id of a single one is the URI's."""
-    merge, each = how.startswith("Merge"), how.endswith("Each")
-    properties, required = {}, []
-    for field in members_of(shape, view):
-        schema, id = sent_schema(field, view), field.name == "id"
-        if field.read_only or (id and how in ("Replace", "Merge")):
-            schema["readOnly"] = True
-        elif (id and each) or (field.required and not merge):
-            required.append(field.name)
-        elif merge and not field.required:
-            schema["type"] = [schema["type"], "null"]
-        properties[field.name] = schema
-    return {**closed(properties, required), **one_of_schema(shape, merge)}
+    def example(self, how: str = "") -> Item:
+        """An item as it is shown or, with `how`, as it is sent."""
+        fields = self.fields()
+        if how:
+            fields = [f for f in fields if f in self.shape.columns or f.rows]
+        if how.startswith("Merge"):
+            fields = [f for f in fields if not f.rows][-1:]
+        item: Item = {"id": 1} if how.endswith("Each") else {}
+        for f in fields:
+            rows = Form(SHAPES.get(f.rows, USER), self.view)
+            item[f.name] = [rows.example(how)] if f.rows else f.example
+        return item
 
+    def shown(self) -> Item:
+        """The schema of an item as it is shown."""
+        schema = schema_of(self.example())
+        for field in self.fields():
+            if field.rows:
+                rows = Form(SHAPES[field.rows], self.view)
+                schema["properties"][field.name]["items"] = ref(rows.name())
+        # of a user, the parameter `fields` may leave out any
+        return {**schema, "required": []} if self.shape is USER else schema
 
-def one_of_schema(shape: Shape, merge: bool) -> Item:
-    """That an item needs one of some members; a merge may rely on what is there."""
-    if not shape.one_of:
-        return {}
-    if merge:
-        filled = {name: {**TEXT, "minLength": 1} for name in shape.one_of}
-        given = dict.fromkeys(shape.one_of, GIVEN)
-        return {"if": {"properties": filled}, "else": {"properties": given}}
-    return {"not": {"properties": dict.fromkeys(shape.one_of, {"maxLength": 0})}}
+    def items(self, how: str, **more: Any) -> Item:
+        """A list that is sent; no two of its items have the same id."""
+        schema = {"type": "array", "items": ref(self.name(how)), **more}
+        other = {"properties": {"id": GIVEN}}
+        return given(schema, made_up={"maxItems": 1}, items=other)
 
+    def schema(self, how: str) -> Item:
+        """An item as it is sent."""
+        merge, properties, required = how.startswith("Merge"), {}, []
+        for field in self.fields():
+            id, schema = field.name == "id", {"title": field.title, **field.schema}
+            if field.rows:
+                rows = Form(SHAPES[field.rows], self.view)
+                schema = rows.items("Create", **schema)
+            elif field.clean:  # what there is beside its schema is no pattern
+                schema = given(schema, made_up={"pattern": "^[!-~][ -~¡-¬®-ɏ]*$"})
+            if field.read_only or id and how in ("Replace", "Merge"):
+                schema["readOnly"] = True  # the id of a single item is the URI's
+            elif id and how.endswith("Each") or field.required and not merge:
+                required.append(field.name)
+            elif merge and not field.required:
+                schema["type"] = [schema["type"], "null"]
+            properties[field.name] = schema
+        return {**closed(properties, required), **self.one_of(merge)}
 
-def example_item(shape: Shape, view: str, how: str = "") -> Item:
-    """An item as it is shown or, with `how`, as it may be sent."""
-    fields = members_of(shape, view)
-    if how:
-        fields = [f for f in fields if f in shape.columns or f.rows]
-    if how.startswith("Merge"):
-        fields = [f for f in fields if not f.rows][-1:]
-    item: Item = {"id": 1} if how.endswith("Each") else {}
-    for f in fields:
-        rows = SHAPES.get(f.rows)
-        item[f.name] = [example_item(rows, view, how)] if rows else f.example
-    return item
+    def one_of(self, merge: bool) -> Item:
+        """That some members are not all empty; a merge may rely on what is there."""
+        names = self.shape.one_of
+        if not merge:
+            empty = {"properties": dict.fromkeys(names, {"maxLength": 0})}
+            return {"not": empty} if names else {}
+        filled = {"properties": dict.fromkeys(names, {**TEXT, "minLength": 1})}
+        others = dict.fromkeys(names, GIVEN)
+        return given({}, made_up=filled, properties=others) if names else {}
 
-
-def envelope_schema(shape: Shape, view: str, how: str) -> Item:
-    """The body of a request in JSON: an item, a list of items, or either."""
-    item = {"item": ref("schemas", shape_name(shape, view, how))}
-    items = {"items": list_of(shape, view, how, minItems=1)}
-    if how == "Create":
-        either = closed({**item, **items}, ())
-        return {**either, "minProperties": 1, "maxProperties": 1}
-    only = items if how.endswith("Each") else item
-    return closed(only, only)
-
-
-def how_of(found: Operation) -> str:
-    how = {"POST": "Create", "PUT": "Replace", "PATCH": "Merge"}[found.method]
-    return how + "Each" if found.bulk and how != "Create" else how
-
-
-def body_of(found: Operation, view: str) -> Item:
-    """The request body of an operation, in each media type that it takes."""
-    shape, how = shape_of(found), how_of(found)
-    item = example_item(shape, view, how)
-    example: Item = {"items": [item]} if how.endswith("Each") else {"item": item}
-    schema = ref("schemas", shape_name(shape, view, f"{how}Body"))
-    content: Item = {m: {"schema": schema, "example": example} for m in found.takes}
-    if CSV in content:
-        columns = [field for field in shape.columns if field.csv]
-        rows = [[f.name for f in columns], [f.example for f in columns]]
-        told = csv_lines(rows).decode()
-        text = {**TEXT, "if": {"const": told}, "else": GIVEN}
-        content[CSV] = {"schema": text, "example": told}
-    if NDJSON in content:  # without an example, as Schemathesis cannot send it
-        line = to_json(item).decode()
-        content[NDJSON] = {"schema": {**TEXT, "description": f"Lines like {line}"}}
-    return {"required": True, "content": content}
-
-
-def answer_of(found: Operation, view: str) -> Item:
-    """Schema and example of what an operation answers in JSON."""
-    sample = SAMPLES.get(found.path, {})
-    shape, rows = shape_of(found), is_about_users(found) and found.method != "DELETE"
-    if rows:
-        sample = {"results": [example_item(shape, view)]}
-    if found.writes:
-        sample = {"code": 0, "message": "SUCCESS", **sample}
-    if not sample:
-        return {"schema": {"type": "object"}}
-    schema = schema_of(sample)
-    properties = schema["properties"]
-    if found.writes:
-        properties.update(ACKNOWLEDGED)
-    if rows:
-        properties["results"]["items"] = ref("schemas", shape_name(shape, view))
-    if "limit" in found.params:
-        properties["next"] = {"type": ["string", "null"]}
-    if "count" in found.params:
-        properties["total"] = COUNT
-    if CSV in found.takes:  # an import is counted
-        properties.update(dict.fromkeys(Saved._fields, COUNT))
-        schema["required"].remove("results")
-    return {"schema": schema, "example": sample}
-
-
-def statuses_of(found: Operation) -> list[int]:
-    """The statuses of the problems that an operation can answer."""
-    statuses = {*ANYWHERE, *found.problems}
-    if found.path != "/health":
-        statuses.update(GUARDED)
-    if found.takes:
-        statuses.update(WITH_BODY)
-    if found.writes:
-        statuses.update(WRITING)
-        if 412 in statuses and not found.bulk:
-            statuses.add(428)
-        if found.path == "/user/<id:id>":
-            statuses.add(405)  # what is at /user/0 has no such method
-    elif is_about_users(found):
-        statuses.add(412)
-    return sorted(statuses)
-
-
-def query_schema(found: Operation, name: str, view: str) -> Item:
-    schema = dict(PARAMS[name].schema)
-    if name == "fields":
-        schema["items"] = {**TEXT, "enum": list(VIEWS[view])}
-    elif name == "id" and found.writes:
-        schema["uniqueItems"] = True
-    return GIVEN_PARAMS.get((found.method, name), schema)
-
-
-def parameters_of(found: Operation, path: str, view: str) -> list[Item]:
-    """The parameters of an operation: of its path, its query and its header."""
-    parameters: list[Item] = []
-    for name in re.findall("{(.+?)}", path):
-        least = 0 if (found.method, found.path) == ("GET", "/user/<id:id>") else 1
-        schema = {**ID, "minimum": least}  # 0 are all, see list_users_of_old
-        told = parameter("path", name, f"The {name}.", schema, required=True)
-        parameters.append({**told, "example": 1})
-    for name in found.params:
-        schema, needed = query_schema(found, name, view), name == "id" and found.writes
-        told = parameter("query", name, PARAMS[name].help, schema, required=needed)
-        lists = {"style": "form", "explode": False} if "items" in schema else {}
-        parameters.append({**told, **lists})
-    for name in headers_of(found):
-        parameters.append(parameter("header", name, *REQUEST_HEADERS[name]))
-    return parameters
-
-
-def parameter(
-    where: str, name: str, told: str, schema: Item, required: bool = False
-) -> Item:
-    told_by = {"name": name, "in": where, "description": told}
-    return {**told_by, "required": required, "schema": schema}
-
-
-def headers_of(found: Operation) -> list[str]:
-    """The headers that an operation looks at."""
-    if is_about_users(found) and not found.writes:
-        return ["If-None-Match"]
-    if found.writes and 412 in found.problems:
-        return ["If-Match"]
-    return ["Last-Event-ID"] if EVENTS in found.answers else []
-
-
-def responses_of(found: Operation, view: str) -> Item:
-    """What an operation can answer, by status."""
-    content = {
-        media.partition(";")[0]: answer_of(found, view)
-        if media == JSON
-        else {"schema": TEXT}
-        for media in found.answers
-    }
-    named = {
-        "ETag": is_about_users(found) and found.method != "DELETE",
-        "Location": found.status == 201,
-        "Link": "limit" in found.params,
-        "Idempotency-Replayed": found.method == "POST",
-    }
-    headers = {name: ref("headers", name) for name, there in named.items() if there}
-    told = STATUS[found.status].partition(" ")[2]
-    success = {"description": told, "content": content, "headers": headers}
-    responses: Item = {str(found.status): success}
-    if is_about_users(found) and not found.writes:
-        responses["304"] = {"description": STATUS[304].partition(" ")[2]}
-    for status in statuses_of(found):
-        responses[str(status)] = ref("responses", f"Problem{status}")
-    return responses
-
-
-def describe(found: Operation, path: str, resource: Resource) -> Item:
-    """The OpenAPI operation that an operation is at a resource."""
-    more = f" {IDEMPOTENCY_KEY}" if found.method == "POST" else ""
-    described: Item = {
-        "operationId": found.name + resource.base[4:].replace("/", "_"),
-        "summary": found.summary,
-        "description": found.summary + more,
-        "tags": [tag_of(found)],
-        "parameters": parameters_of(found, path, resource.view),
-        "responses": responses_of(found, resource.view),
-    }
-    if found.takes:
-        described["requestBody"] = body_of(found, resource.view)
-    return described
-
-
-def tag_of(found: Operation) -> str:
-    if is_about_users(found):
-        return shape_of(found).plural
-    return "changes" if found.path == "/changes" else "service"
+    def body(self, how: str) -> Item:
+        """What is sent in JSON: an item, a list of items, or either."""
+        kinds = {"item": ref(self.name(how)), "items": self.items(how, minItems=1)}
+        if how != "Create":
+            del kinds["item" if how.endswith("Each") else "items"]
+        return {**closed(kinds), "minProperties": 1, "maxProperties": 1}
 
 
 def schemas() -> Item:
     """The component schemas: each shape as it is shown, and as it may be sent."""
-    fault = {name: TEXT for name in ("pointer", "parameter", "header", "detail")}
-    faults = closed({**fault, "line": COUNT}, ["detail"])
-    problem: Item = {"code": {"const": 1}, "message": {"const": "FAILURE"}}
-    problem.update({"type": TEXT, "title": TEXT, "status": COUNT, "detail": TEXT})
-    problem = closed({**problem, "errors": {"type": "array", "items": faults}}, problem)
+    problem = schema_of(json.loads(Problem(422, "", [FAULT]).body()))
+    problem["properties"]["errors"]["items"]["required"] = ["detail"]
+    problem["required"].remove("errors")
     found = {"Problem": {**problem, "additionalProperties": True}}
-    for view in VIEWS:
-        for shape in (USER, *SHAPES.values()):
-            found[shape_name(shape, view)] = shown_schema(shape, view)
-            for how in HOWS:
-                name = shape_name(shape, view, how)
-                found[name] = item_schema(shape, view, how)
-                found[f"{name}Body"] = envelope_schema(shape, view, how)
+    for form in (Form(s, v) for s in (USER, *SHAPES.values()) for v in VIEWS):
+        found[form.name()] = form.shown()
+        for how in HOWS:
+            found[form.name(how)] = form.schema(how)
+            found[form.name(f"{how}Body")] = form.body(how)
     return found
+
+
+def body_of(found: Operation, form: Form) -> Item:
+    """The request body of an operation, in each media type that it takes."""
+    how = HOW[found.method]
+    how += "Each" if found.bulk and how != "Create" else ""
+    item, schema = form.example(how), ref(form.name(f"{how}Body"))
+    example = {"items": [item]} if how.endswith("Each") else {"item": item}
+    content: Item = {m: {"schema": schema, "example": example} for m in found.takes}
+    if CSV in content:
+        columns = [field for field in USER.columns if field.csv]
+        rows = [[f.name for f in columns], [f.example for f in columns]]
+        text = csv_lines(rows).decode()
+        content[CSV] = {"schema": given(TEXT, made_up={"const": text}), "example": text}
+    if NDJSON in content:  # without an example, as Schemathesis cannot send it
+        text = f"Lines like {to_json(item).decode()}"
+        content[NDJSON] = {"schema": {**TEXT, "description": text}}
+    return {"required": True, "content": content}
+
+
+def answer_of(found: Operation, form: Form) -> Item:
+    """Schema and example of what an operation answers in JSON."""
+    sample, more = {**SAMPLES.get(found.path, {})}, Item()
+    if found.writes:
+        sample.update(code=0, message="SUCCESS")
+    if found.path.startswith("/user") and found.method != "DELETE":
+        sample["results"] = [form.example()]
+        more["results"] = {"type": "array", "items": ref(form.name())}
+    if "limit" in found.params:
+        more["next"] = NULLABLE
+    if "count" in found.params:
+        more["total"] = COUNT
+    if not sample:
+        return {"schema": {"type": "object"}}
+    schema = schema_of(sample)
+    if CSV in found.takes:  # an import is counted
+        more.update(dict.fromkeys(Saved._fields, COUNT))
+        schema["required"].remove("results")
+    schema["properties"].update(more)
+    return {"schema": schema, "example": sample}
+
+
+def responses_of(found: Operation, form: Form) -> Item:
+    """What an operation can answer, by status."""
+    told = follows(found)
+    content = {media.partition(";")[0]: {"schema": TEXT} for media in found.answers}
+    if JSON in content:
+        content[JSON] = answer_of(found, form)
+    names = {each for each in told if isinstance(each, str)} - REQUEST_HEADERS.keys()
+    headers = {name: {"schema": TEXT} for name in sorted(names)}
+    done = STATUS[found.status].partition(" ")[2]
+    success = {"description": done, "content": content, "headers": headers}
+    responses: Item = {str(found.status): success}
+    if "If-None-Match" in told:
+        responses["304"] = {"description": "Not modified"}
+    for status in sorted({*ANYWHERE, *found.problems, *told} & PROBLEMS.keys()):
+        responses[str(status)] = ref(f"Problem{status}", "responses")
+    return responses
+
+
+def parameters_of(found: Operation, path: str, form: Form) -> list[Item]:
+    """The parameters of an operation: of its path, its query and its header."""
+    zero = (found.method, found.path) == ("GET", "/user/<id:id>")
+    least = {**ID, "minimum": 0} if zero else ID  # 0 are all, see list_users_of_old
+    told = [("path", n, f"The {n}.", least) for n in re.findall("{(.+?)}", path)]
+    for name in found.params:
+        schema = NARROWED.get((found.method, name), PARAMS[name].schema)
+        if name == "fields":
+            schema = {**schema, "items": {**TEXT, "enum": list(VIEWS[form.view])}}
+        told.append(("query", name, PARAMS[name].help, schema))
+    for name in follows(found):
+        if name in REQUEST_HEADERS:
+            told.append(("header", name, *REQUEST_HEADERS[name]))
+    return [
+        {
+            "name": name, "in": place, "description": help, "schema": schema,
+            "required": place == "path" or (name == "id" and found.writes),
+            **({"example": 1} if place == "path" else {"explode": False}),
+        }
+        for place, name, help, schema in told
+    ]  # fmt: skip
+
+
+def describe(found: Operation, path: str, resource: Resource) -> Item:
+    """The OpenAPI operation that an operation is at a resource."""
+    form = Form(SHAPES.get(found.shape, USER), resource.view)
+    more = IDEMPOTENCY_KEY if found.method == "POST" else ""
+    tag = form.shape.plural if found.path.startswith("/user") else "service"
+    described: Item = {
+        "operationId": found.name + resource.base[4:].replace("/", "_"),
+        "summary": found.summary, "description": found.summary + more, "tags": [tag],
+        "parameters": parameters_of(found, path, form),
+        "responses": responses_of(found, form),
+    }  # fmt: skip
+    if found.takes:
+        described["requestBody"] = body_of(found, form)
+    return described
 
 
 def problem_response(status: int) -> Item:
     """What a problem looks like, with an example."""
     title, told = PROBLEMS[status]
-    content = {"schema": ref("schemas", "Problem")}
-    content["example"] = json.loads(Problem(status, told).body())
-    response = {"description": f"{title}: {told}.", "content": {PROBLEM_JSON: content}}
-    if status in PROBLEM_HEADERS:
-        name = PROBLEM_HEADERS[status]
-        response["headers"] = {name: ref("headers", name)}
-    return response
+    example = json.loads(Problem(status, told).body())
+    content = {PROBLEM_JSON: {"schema": ref("Problem"), "example": example}}
+    names = [PROBLEM_HEADERS[status]] if status in PROBLEM_HEADERS else []
+    headers = {name: {"schema": TEXT} for name in names}
+    return {"description": f"{title}: {told}.", "content": content, "headers": headers}
 
 
 def openapi(prefix: str = "") -> Item:
@@ -4635,155 +4564,132 @@ def openapi(prefix: str = "") -> Item:
     paths: Item = {}
     for route, resource in RESOURCES.items():
         path = re.sub("<(.+?):id>", r"{\1}", route)
-        paths[path] = {
-            method.lower(): describe(found, path, resource)
-            for method, found in resource.operations.items()
-        }
-    told = (__doc__ or "").split("\n\n")[1].replace("\n", " ")
-    told += " Every GET also answers HEAD, and every URI OPTIONS, with Allow."
-    info: Item = {"title": "userapi", "version": __version__, "description": told}
+        told = resource.operations.items()
+        paths[path] = {m.lower(): describe(found, path, resource) for m, found in told}
+    about = (__doc__ or "").split("\n\n")[1].replace("\n", " ")
+    about += " Every GET also answers HEAD, and every URI OPTIONS, with Allow."
+    info: Item = {"title": "userapi", "version": __version__, "description": about}
     info["license"] = {"name": "MIT", "identifier": "MIT"}
     schemes = {name: {"type": "http", "scheme": name} for name in ("bearer", "basic")}
-    headers = {n: {"schema": TEXT, "description": told} for n, told in HEADERS.items()}
+    problems = {f"Problem{status}": problem_response(status) for status in PROBLEMS}
     return {
-        "openapi": "3.1.0",
-        "info": info,
-        "servers": [{"url": prefix or "/"}],
-        "security": [{}, *({name: []} for name in schemes)],
-        "tags": [{"name": name} for name in dict.fromkeys(map(tag_of, OPERATIONS))],
-        "paths": paths,
+        "openapi": "3.1.0", "info": info, "servers": [{"url": prefix or "/"}],
+        "security": [{}, *({name: []} for name in schemes)], "paths": paths,
         "components": {
-            "schemas": schemas(),
-            "responses": {f"Problem{n}": problem_response(n) for n in PROBLEMS},
-            "headers": headers,
-            "securitySchemes": schemes,
+            "schemas": schemas(), "responses": problems, "securitySchemes": schemes,
         },
-        "x-given": X_GIVEN,
-    }
+        "x-given": {"pattern": r"^\p{Any}*$", "readOnly": True},
+    }  # fmt: skip
 
 
+#: the five calls of the tutorial that this application began with, and their ids
+TUTORIAL = {
+    ("get", "/api/user/0"): "",
+    ("get", "/api/user/{id}"): "1",
+    ("post", "/api/user"): "",
+    ("put", "/api/user/{id}"): "{{user}}",
+    ("delete", "/api/user/{id}"): "1337",
+}
 #: The Postman collection's own scripts: each call finds users, and leaves none behind.
-BEFORE = """
-const token = pm.variables.get("token"), base = pm.variables.get("baseUrl");
+SETUP = """
+const token = pm.variables.get("token"), items = %s;
 const header = { "Content-Type": "application/json", "If-Match": "*" };
 if (token) header.Authorization = `Bearer ${token}`;
-"""
-SETUP = (
-    BEFORE
-    + """
-const body = { mode: "raw", raw: JSON.stringify({ items: $ITEMS }) };
-const url = `${base}/api/v2/user?conflict=skip`;
+const body = { mode: "raw", raw: JSON.stringify({ items }) };
+const url = `${pm.variables.get("baseUrl")}/api/v2/user?conflict=skip`;
 pm.sendRequest({ url, method: "POST", header, body }, (fault, answer) => {
-  const ids = fault ? [] : answer.json().results.map((user) => user.id);
-  pm.variables.set("made", JSON.stringify(ids));
-  pm.variables.set("user", ids[ids.length - 1]);
+  const made = fault ? [] : answer.json().results.map((user) => user.id);
+  const found = { made, header, user: made[made.length - 1] };
+  for (const name in found) pm.variables.set(name, found[name]);
 });
 """
-)
-CLEANUP = (
-    BEFORE
-    + """
-const made = new Set(JSON.parse(pm.variables.get("made") || "[]"));
+CLEANUP = """
+const made = new Set(pm.variables.get("made")), header = pm.variables.get("header");
 if (pm.request.method === "POST" && pm.request.url.getPath().endsWith("/user"))
   for (const user of pm.response.json().results || []) made.add(user.id);
-for (const id of made)
-  pm.sendRequest({ url: `${base}/api/user/${id}`, method: "DELETE", header }, () => {});
+for (const id of made) {
+  const url = `${pm.variables.get("baseUrl")}/api/user/${id}`;
+  pm.sendRequest({ url, method: "DELETE", header }, () => {});
+}
 """
-)
 CHECKS = """
-pm.test("is $STATUS", () => pm.response.to.have.status($STATUS));
+pm.test("is %s", () => pm.response.to.have.status(%s));
 pm.test("has its envelope", () => {
-  pm.expect(pm.response.headers.get("Content-Type")).to.include("$MEDIA");
-  if ("$MEDIA" !== "application/json") return;
-  const body = pm.response.json();
-  for (const name of $MEMBERS) pm.expect(body).to.have.property(name);
-  if ("code" in body) pm.expect([body.code, body.message]).to.eql([0, "SUCCESS"]);
+  pm.expect(pm.response.headers.get("Content-Type")).to.include("%s");
+  if (%s) pm.response.to.have.jsonSchema(%s);
 });
 """
-#: the five calls of the tutorial that this application began with
-TUTORIAL = (
-    ("get", "/api/user/0", ""),
-    ("get", "/api/user/{id}", "1"),
-    ("post", "/api/user", ""),
-    ("put", "/api/user/{id}", "{{user}}"),
-    ("delete", "/api/user/{id}", "1337"),
-)
 
 
-def script(event: str, text: str, **values: Any) -> Item:
-    """A script of the collection; $NAME in it stands for a value."""
-    for name, value in values.items():
-        text = text.replace(f"${name}", str(value))
+def script(event: str, text: str) -> Item:
     lines = text.strip().split("\n")
     return {"listen": event, "script": {"type": "text/javascript", "exec": lines}}
 
 
-def postman_call(method: str, path: str, told: Item, id: str = "{{user}}") -> Item:
-    """The request that an operation of the OpenAPI document is in Postman."""
+def checks_of(told: Item) -> Item:
+    """The test of a call: that it has the first of the answers that are told of it."""
     status, answer = next(iter(told["responses"].items()))
     media, content = next(iter(answer["content"].items()))
-    members = json.dumps(content["schema"].get("required", []))
-    at = path.replace("{id}", id or "{{user}}").replace("{n}", "1")
-    query, headers = [], []
-    for each in told["parameters"]:
-        if each["in"] == "query":
-            number = "1" if "/{id}" in path else "{{user}}"
-            value = number if each["name"] == "id" else ""
-            pair = {
-                "key": each["name"],
-                "value": value,
-                "disabled": not each["required"],
-            }
-            query.append({**pair, "description": each["description"]})
-    url: Item = {"host": ["{{baseUrl}}"], "path": at[1:].split("/"), "query": query}
-    used = "&".join(f"{q['key']}={q['value']}" for q in query if not q["disabled"])
-    url["raw"] = "{{baseUrl}}" + at + (f"?{used}" if used else "")
-    if any(each["name"] == "If-Match" for each in told["parameters"]):
-        headers.append({"key": "If-Match", "value": "*"})
-    request: Item = {"method": method.upper(), "url": url, "header": headers}
-    request["description"] = f"{told['summary']} {answers_told(told)}"
+    schema = content["schema"]
+    known = schema.get("properties", {}).items()
+    fixed = {name: each for name, each in known if "const" in each}
+    envelope = {"required": schema.get("required", []), "properties": fixed}
+    is_json = json.dumps(media == JSON)
+    return script(
+        "test", CHECKS % (status, status, media, is_json, json.dumps(envelope))
+    )
+
+
+def postman_call(method: str, path: str, told: Item, id: str = "{{user}}") -> Item:
+    """The request that an operation of the OpenAPI document is in Postman."""
+    at, own = path.format(id=id, n=1), "1" if "/{id}" in path else "{{user}}"
+    parameters = told["parameters"]
+    query = [
+        {
+            "key": each["name"], "description": each["description"],
+            "value": own * each["required"], "disabled": not each["required"],
+        }
+        for each in parameters if each["in"] == "query"
+    ]  # fmt: skip
+    used = "".join(f"?{q['key']}={q['value']}" for q in query if q["value"])
+    url = {"raw": f"{{{{baseUrl}}}}{at}{used}", "host": ["{{baseUrl}}"], "query": query}
+    url["path"] = at[1:].split("/")
+    match = any(each["name"] == "If-Match" for each in parameters)
+    header = [{"key": "If-Match", "value": "*"}] if match else []
+    request: Item = {"method": method.upper(), "url": url, "header": header}
+    answers = ", ".join(told["responses"])
+    request["description"] = f"{told['summary']} Answers {answers}."
     if "requestBody" in told:
-        kind, sent = next(iter(told["requestBody"]["content"].items()))
-        headers.append({"key": "Content-Type", "value": kind})
-        raw = json.dumps(sent["example"], indent=2, ensure_ascii=False)
-        if "/{id}" not in path:
-            raw = raw.replace('"id": 1', '"id": {{user}}')
-        request["body"] = {"mode": "raw", "raw": raw}
-    checks = script("test", CHECKS, STATUS=status, MEDIA=media, MEMBERS=members)
+        media, sent = next(iter(told["requestBody"]["content"].items()))
+        header.append({"key": "Content-Type", "value": media})
+        body = json.dumps(sent["example"], indent=2, ensure_ascii=False)
+        body = body.replace('"id": 1', f'"id": {own}')
+        request["body"] = {"mode": "raw", "raw": body}
     name = f"{method.upper()} {at}"
-    return {"name": name, "request": request, "event": [checks], "response": []}
-
-
-def answers_told(told: Item) -> str:
-    return "Answers " + ", ".join(told["responses"]) + "."
+    return {"name": name, "request": request, "event": [checks_of(told)]}
 
 
 def postman(url: str = "http://127.0.0.1:8080") -> Item:
     """The Postman 2.1 collection: the tutorial's calls, then the rest in folders."""
     paths = openapi()["paths"]
-    calls = [postman_call(m, path, paths[path][m], id) for m, path, id in TUTORIAL]
+    calls = [postman_call(*at, paths[at[1]][at[0]], id) for at, id in TUTORIAL.items()]
     folders: dict[str, list[Item]] = {}
-    known = {(method, path) for method, path, _ in TUTORIAL}
     for path, methods in paths.items():
+        version = path.split("/")[2] if path.startswith("/api/v") else ""
         for method, told in methods.items():
-            if (method, path) not in known:
-                version = path.split("/")[2] if path.startswith("/api/v") else ""
-                folder = f"{told['tags'][0]} {version}".strip()
-                call = postman_call(method, path, told)
-                folders.setdefault(folder, []).append(call)
-    user = example_item(USER, "v2", "Create")
-    items = [{**user, "id": n, "mail": f"{n}@example.org"} for n in (1, 1337)]
-    items.append({**user, "mail": "postman@example.org"})
-    scripts = [
-        script("prerequest", SETUP, ITEMS=json.dumps(items)),
-        script("test", CLEANUP),
-    ]
+            if (method, path) not in TUTORIAL:
+                folder = folders.setdefault(f"{told['tags'][0]} {version}".strip(), [])
+                folder.append(postman_call(method, path, told))
+    user = Form(USER, "v2").example("Create")
+    items: list[Item] = [{**user, "id": 1}, {**user, "id": 1337}, user]
+    items = [{**item, "mail": f"{n}@example.org"} for n, item in enumerate(items)]
     token = {"key": "token", "value": "{{token}}", "type": "string"}
     schema = "https://schema.getpostman.com/json/collection/v2.1.0/collection.json"
+    setup = script("prerequest", SETUP % json.dumps(items))
     return {
         "info": {"name": "userapi", "version": __version__, "schema": schema},
         "item": calls + [{"name": n, "item": calls} for n, calls in folders.items()],
-        "event": scripts,
+        "event": [setup, script("test", CLEANUP)],
         "auth": {"type": "bearer", "bearer": [token]},
         "variable": [{"key": "baseUrl", "value": url}, {"key": "token", "value": ""}],
     }
