@@ -1666,10 +1666,12 @@ class Store:
         """
         try:
             found = Query(**query)
-            texts = [text for text in (found.q, found.name, found.mail) if text]
-            well = "".join(texts) is not None and found.sort.lstrip("-") in SORTS
-            well = well and len(found.after or (0, 0)) == 2
-            well = well and (found.limit is None or found.limit > 0)
+            well = (
+                all(isinstance(text or "", str) for text in found[:3])
+                and found.sort.lstrip("-") in SORTS
+                and len(found.after or (0, 0)) == 2
+                and (found.limit is None or found.limit > 0)
+            )
         except (TypeError, AttributeError):
             well = False
         if not well:
