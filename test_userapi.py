@@ -1893,6 +1893,15 @@ STORE_REFUSALS = [
     (lambda store: store.get_user(99), 404),
     (lambda store: store.create_users([BAD, GRACE]), 422),
     (lambda store: store.create_users([{**GRACE, "name": "a\ud800b"}]), 422),
+    (
+        lambda store: store.create_users([{**GRACE, "phone": [{"label": "\ud800"}]}]),
+        422,
+    ),
+    (
+        lambda store: store.create_users([{**GRACE, "address": [{"city": "\ud800"}]}]),
+        422,
+    ),
+    (lambda store: store.find_users(q="\ud800"), 400),
     (lambda store: store.create_users([{"id": 1, **GRACE}]), 409),
     (lambda store: store.replace_users([{"id": 99, **GRACE}]), 404),
     (lambda store: store.merge_users([{"id": 1, "name": None}]), 422),

@@ -397,6 +397,7 @@ class Field(NamedTuple):
             return check_id(value)
         if not isinstance(value, str):
             raise ValueError("is not a string")
+        value.encode()  # a lone surrogate is a ValueError, too
         if self.clean:
             value = self.clean(value)
         most = self.schema.get("maxLength", len(value))
@@ -1668,13 +1669,13 @@ class Store:
         """
         try:
             found = Query(**query)
+            "".join(text or "" for text in found[:3]).encode()  # texts, and whole ones
             well = (
-                all(isinstance(text or "", str) for text in found[:3])
-                and found.sort.lstrip("-") in SORTS
+                found.sort.lstrip("-") in SORTS
                 and len(found.after or (0, 0)) == 2
                 and (found.limit is None or found.limit > 0)
             )
-        except (TypeError, AttributeError):
+        except (TypeError, AttributeError, UnicodeError):
             well = False
         if not well:
             raise Problem(400, f"users are not found by {query}")
