@@ -456,7 +456,7 @@ def text(name: str, title: str, example: str, **more: Any) -> Field:
 
 ID = {"type": "integer", "minimum": 1, "maximum": MAX_ID}
 STAMP = {"type": "string", "format": "date-time"}
-STAMP_EXAMPLE = "2026-01-02T03:04:05.678Z"
+NOON = "2026-01-02T12:00:00.000Z"
 ROW_LIST = {"type": "array", "maxItems": 1000}
 ROW_ID = Field("id", "Number", ID, 1, column="id")
 LABEL = text("label", "Label", "work", schema={"maxLength": 50})
@@ -490,90 +490,38 @@ class Shape:
         )
 
 
-PHONE = Shape(
-    "phone",
-    "phones",
-    "phone number",
-    (
-        ROW_ID,
-        LABEL,
-        text(
-            "number",
-            "Number",
-            "+49 30 1234567",
-            schema=PHONE_NUMBER,
-            required=True,
-            fault="is not a phone number",
-            input="tel",
-        ),
-    ),
-)
-ADDRESS = Shape(
-    "address",
-    "addresses",
-    "address",
-    (
-        ROW_ID,
-        LABEL,
-        text("street", "Street", "Hauptstraße 5"),
-        text("postcode", "Postcode", "10827"),
-        text("city", "City", "Berlin"),
-        text("region", "Region", "Berlin"),
-        text(
-            "country",
-            "Country",
-            "DE",
-            schema=COUNTRY,
-            fault="is not two capital letters",
-        ),
-    ),
-    one_of=("street", "city"),
-)
+PHONE = Shape("phone", "phones", "phone number", (
+    ROW_ID,
+    LABEL,
+    text("number", "Number", "+49 30 1234567", schema=PHONE_NUMBER, required=True,
+         fault="is not a phone number", input="tel"),
+))  # fmt: skip
+ADDRESS = Shape("address", "addresses", "address", (
+    ROW_ID,
+    LABEL,
+    text("street", "Street", "Hauptstraße 5"),
+    text("postcode", "Postcode", "10827"),
+    text("city", "City", "Berlin"),
+    text("region", "Region", "Berlin"),
+    text("country", "Country", "DE", schema=COUNTRY,
+         fault="is not two capital letters"),
+), one_of=("street", "city"))  # fmt: skip
 SHAPES = {"phone": PHONE, "address": ADDRESS}
-USER = Shape(
-    "user",
-    "users",
-    "user",
-    (
-        Field("id", "Id", ID, 1, v1=True, csv=True, column="user_id"),
-        Field(
-            "name",
-            "Name",
-            {"type": "string", "minLength": 1, "maxLength": 200},
-            "Simone Giertz",
-            required=True,
-            v1=True,
-            csv=True,
-            column="user_name",
-            clean=clean_name,
-        ),
-        Field(
-            "mail",
-            "Mail",
-            {"type": "string", "maxLength": 254, "pattern": MAIL},
-            "giertz@shittyrobots.loc",
-            fault="is not a mail address",
-            required=True,
-            v1=True,
-            csv=True,
-            column="user_mail",
-            input="email",
-        ),
-        Field("phone", "Phone", ROW_LIST, [], rows="phone"),
-        Field("address", "Address", ROW_LIST, [], rows="address"),
-        Field("version", "Version", ID, 1, read_only=True, column="version"),
-        Field(
-            "created", "Created", STAMP, STAMP_EXAMPLE, read_only=True, column="created"
-        ),
-        Field(
-            "updated", "Updated", STAMP, STAMP_EXAMPLE, read_only=True, column="updated"
-        ),
-    ),
-)
-VIEWS = {
-    "v1": tuple(field.name for field in USER.fields if field.v1),
-    "v2": USER.names,
-}
+USER = Shape("user", "users", "user", (
+    Field("id", "Id", ID, 1, v1=True, csv=True, column="user_id"),
+    Field("name", "Name", {"type": "string", "minLength": 1, "maxLength": 200},
+          "Simone Giertz", required=True, v1=True, csv=True, column="user_name",
+          clean=clean_name),
+    Field("mail", "Mail", {"type": "string", "maxLength": 254, "pattern": MAIL},
+          "giertz@shittyrobots.loc", "is not a mail address", required=True, v1=True,
+          csv=True, column="user_mail", input="email"),
+    Field("phone", "Phone", ROW_LIST, [], rows="phone"),
+    Field("address", "Address", ROW_LIST, [], rows="address"),
+    Field("version", "Version", ID, 1, read_only=True, column="version"),
+    Field("created", "Created", STAMP, NOON, read_only=True, column="created"),
+    Field("updated", "Updated", STAMP, NOON, read_only=True, column="updated"),
+))  # fmt: skip
+VIEWS = {"v1": tuple(field.name for field in USER.fields if field.v1), "v2": USER.names}
 
 
 class BadLine(str):
@@ -1251,11 +1199,7 @@ class Store:
         if not self.memory:
             where = f"{pathlib.Path(self.path).absolute().as_uri()}?{mode}"
         db = sqlite3.connect(
-            where,
-            timeout=5,
-            uri=True,
-            isolation_level=None,
-            check_same_thread=False,
+            where, timeout=5, uri=True, isolation_level=None, check_same_thread=False
         )
         db.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
         return db
@@ -2732,45 +2676,31 @@ class Answer(NamedTuple):
     status: int = 200
 
 
-class Param(NamedTuple):
-    """A query parameter: its name, JSON Schema, purpose, and how its text is read."""
-
-    name: str
-    schema: Item
-    help: str
-    read: Callable[[str], Any] = str
+TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
 
-def read_bool(value: str) -> bool:
-    if value not in ("true", "false", "1", "0"):
-        raise ValueError("is true or false")
-    return value in ("true", "1")
-
-
-def read_number(least: int, most: int) -> Callable[[str], int]:
-    def read(value: str) -> int:
+def read_value(value: str, schema: Item) -> Any:
+    """What a parameter's text stands for, by its schema. Raises ValueError."""
+    kind = schema["type"]
+    if kind == "integer":
+        least, most = schema["minimum"], schema["maximum"]
         if not re.fullmatch("[0-9]{1,16}", value) or not least <= int(value) <= most:
             raise ValueError(f"is a whole number from {least} to {most}")
         return int(value)
-
-    return read
+    if kind == "boolean":
+        if value not in TRUTHS:
+            raise ValueError("is true or false")
+        return TRUTHS[value]
+    if value not in schema.get("enum", (value,)):
+        raise ValueError(f"is one of {', '.join(schema['enum'])}")
+    return value
 
 
 def read_ids(value: str) -> list[int]:
-    read = read_number(1, MAX_ID)
     try:
-        return [read(part) for part in value.split(",")]
+        return [read_value(part, ID) for part in value.split(",")]
     except ValueError:
         raise ValueError("is a list of ids, by commas") from None
-
-
-def read_choice(*choices: str) -> Callable[[str], str]:
-    def read(value: str) -> str:
-        if value not in choices:
-            raise ValueError(f"is one of {', '.join(choices)}")
-        return value
-
-    return read
 
 
 def read_cursor(value: str) -> tuple[str, Any, int]:
@@ -2792,74 +2722,48 @@ def write_cursor(sort: str, key: Any, id: int) -> str:
     return base64.urlsafe_b64encode(to_json([sort, key, id])).decode().rstrip("=")
 
 
+class Param(NamedTuple):
+    """A query parameter: its name, JSON Schema and purpose, and how its text is read
+    where the schema does not say."""
+
+    name: str
+    schema: Item
+    help: str
+    special: Callable[[str], Any] | None = None
+
+    def read(self, value: str) -> Any:
+        """What the text stands for. Raises ValueError."""
+        return self.special(value) if self.special else read_value(value, self.schema)
+
+
+def choice(*values: str, **more: str) -> Item:
+    return {"type": "string", "enum": list(values), **more}
+
+
+STRING, BOOL = {"type": "string"}, {"type": "boolean"}
+ID_LIST = {"type": "array", "items": ID, "minItems": 1}
+NAMES = {"type": "array", "minItems": 1}
+LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000}
+SINCE = {"type": "integer", "minimum": 0, "maximum": MAX_ID}
 SORT_NAMES = [*SORTS, *(f"-{name}" for name in SORTS)]
-BOOL, ID_LIST = {"type": "boolean"}, {"type": "array", "items": ID, "minItems": 1}
-PARAMS = {
-    param.name: param
-    for param in (
-        Param(
-            "limit",
-            {"type": "integer", "minimum": 1, "maximum": 1000},
-            "At most so many; the answer has `next`.",
-            read_number(1, 1000),
-        ),
-        Param(
-            "after",
-            {"type": "string"},
-            "The cursor out of `next`.",
-            read_cursor,
-        ),
-        Param("count", BOOL, "Add `total`, the number of all that match.", read_bool),
-        Param("q", {"type": "string"}, "Part of a name or mail, ignoring case."),
-        Param("name", {"type": "string"}, "Exactly this name."),
-        Param("mail", {"type": "string"}, "This mail address, ignoring case."),
-        Param("id", ID_LIST, "These ids, by commas.", read_ids),
-        Param(
-            "sort",
-            {"type": "string", "enum": SORT_NAMES},
-            "The order; a leading - turns it round.",
-            read_choice(*SORT_NAMES),
-        ),
-        Param(
-            "fields", {"type": "array", "minItems": 1}, "Only these members, by commas."
-        ),
-        Param(
-            "format",
-            {"type": "string", "enum": list(FORMATS)},
-            "The format; beats Accept.",
-            read_choice(*FORMATS),
-        ),
-        Param(
-            "conflict",
-            {
-                "type": "string",
-                "enum": ["fail", "skip", "replace"],
-                "default": "fail",
-            },
-            "What is done about an id that is taken.",
-            read_choice("fail", "skip", "replace"),
-        ),
-        Param("dry_run", BOOL, "Do everything but keep it.", read_bool),
-        Param(
-            "since",
-            {"type": "integer", "minimum": 0, "maximum": MAX_ID},
-            "Only changes after this seq.",
-            read_number(0, MAX_ID),
-        ),
-    )
-}
-FIND = (
-    "q",
-    "name",
-    "mail",
-    "id",
-    "sort",
-    "limit",
-    "after",
-    "count",
-    "fields",
-    "format",
-)
+CONFLICT = choice("fail", "skip", "replace", default="fail")
+PARAMS = {param.name: param for param in (
+    Param("limit", LIMIT, "At most so many; the answer has `next`."),
+    Param("after", STRING, "The cursor out of `next`.", read_cursor),
+    Param("count", BOOL, "Add `total`, the number of all that match."),
+    Param("q", STRING, "Part of a name or mail, ignoring case."),
+    Param("name", STRING, "Exactly this name."),
+    Param("mail", STRING, "This mail address, ignoring case."),
+    Param("id", ID_LIST, "These ids, by commas.", read_ids),
+    Param("sort", choice(*SORT_NAMES), "The order; a leading - turns it round."),
+    Param("fields", NAMES, "Only these members, by commas."),
+    Param("format", choice(*FORMATS), "The format; beats Accept."),
+    Param("conflict", CONFLICT, "What is done about an id that is taken."),
+    Param("dry_run", BOOL, "Do everything but keep it."),
+    Param("since", SINCE, "Only changes after this seq."),
+)}  # fmt: skip
+FIND = ("q", "name", "mail", "id", "sort", "limit", "after", "count", "fields",
+        "format")  # fmt: skip
 
 
 class Operation(NamedTuple):
@@ -3582,11 +3486,7 @@ def replace_rows(call: Call) -> Answer:
 
 
 @operation(
-    "PATCH",
-    "/user/<id:id>/{rows}",
-    takes=(JSON, MERGE),
-    problems=(404, 412),
-    bulk=True,
+    "PATCH", "/user/<id:id>/{rows}", takes=(JSON, MERGE), problems=(404, 412), bulk=True
 )
 def merge_rows(call: Call) -> Answer:
     """Merge each item into the {rows} of a user that it names (RFC 7396)."""
@@ -3974,21 +3874,9 @@ IMPLIED = {"http": ":80", "https": ":443"}
 class Metrics:
     """Counts of what was answered, written in the text format of Prometheus."""
 
-    bounds = (
-        0.0005,
-        0.001,
-        0.0025,
-        0.005,
-        0.01,
-        0.025,
-        0.05,
-        0.1,
-        0.25,
-        0.5,
-        1,
-        2.5,
-        10,
-    )
+    #: seconds
+    bounds = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5,
+              10)  # fmt: skip
 
     def __init__(self) -> None:
         self.requests: collections.Counter[tuple[str, int]] = collections.Counter()
@@ -4295,7 +4183,7 @@ FAULT: Item = {"pointer": "", "parameter": "", "header": "", "line": 1, "detail"
 SAMPLES: dict[str, Item] = {
     "/health": {"status": "ok"},
     "/changes": {"results": [{
-        "seq": 1, "at": STAMP_EXAMPLE, "actor": None, "op": "update", "user": 1,
+        "seq": 1, "at": NOON, "actor": None, "op": "update", "user": 1,
         "fields": ["name"],
     }]},
 }  # fmt: skip
@@ -4369,7 +4257,7 @@ def schema_of(sample: Any) -> Item:
         return {"type": "array", "items": schema_of(sample[0])}
     if isinstance(sample, int):
         return COUNT
-    return {None: NULLABLE, STAMP_EXAMPLE: STAMP}.get(sample, TEXT)
+    return {None: NULLABLE, NOON: STAMP}.get(sample, TEXT)
 
 
 class Form(NamedTuple):
@@ -6476,8 +6364,8 @@ def build_parser() -> Any:
         add_settings(made[name], None if name == "serve" else STORE_SETTINGS)
     made["import"].add_argument("file", help="a file, or - for standard input")
     made["import"].add_argument("--format", choices=("csv", "ndjson"))
-    choices = ("fail", "skip", "replace")
-    made["import"].add_argument("--conflict", choices=choices, default="fail")
+    conflicts = CONFLICT["enum"]
+    made["import"].add_argument("--conflict", choices=conflicts, default="fail")
     made["import"].add_argument("--dry-run", action="store_true")
     made["export"].add_argument("file", nargs="?", default="-")
     made["export"].add_argument("--format", choices=tuple(FORMATS))
