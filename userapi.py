@@ -67,6 +67,7 @@ import signal
 import socket
 import sqlite3
 import stat
+import string
 import threading
 import time
 import traceback
@@ -3600,8 +3601,8 @@ def events(call: Call, since: int | None) -> Iterator[bytes]:
 @operation("GET", "/", answers=(HTML,))
 def get_page(call: Call) -> Answer:
     """The admin page."""
-    data = {"seq": call.store.last_seq(), "actor": call.actor}
-    return html_answer(page(call.prefix, **data, write=call.role == "admin"))
+    seq, writes = call.store.last_seq(), call.role == "admin"
+    return html_answer(page(call.prefix, seq, call.actor, writes))
 
 
 @operation("GET", "/docs", answers=(HTML,))
@@ -4599,591 +4600,459 @@ def postman(url: str = "http://127.0.0.1:8080") -> Item:
 
 # ── Page ──────────────────────────────────────────────────────────────────────────
 
+HTML_DOCUMENT = r"""
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>$title</title><meta name="description" content="$about">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>">
+<style>$style</style></head>
+<body $attributes>$body<script>$script</script></body></html>
+"""  # noqa: E501
+
 PAGE_STYLE = r"""
-:root { --bg: #fbfbfa; --top: #fff; --ink: #1d1e22; --soft: #62656d; --line: #e8e8e5;
-  --edge: #c6c7c9; --hover: #f2f2ef; --accent: #3b56c8; --on: #fff; --red: #b3261e;
-  --bar: 4rem; --side: max(1rem, calc(50vw - 38rem)); --card: 1px solid var(--line);
-  color-scheme: light dark; scroll-padding: 8rem 0 6rem; }
-@media (prefers-color-scheme: dark) { :root { --bg: #131417; --top: #1b1c20;
-  --ink: #e8e8eb; --soft: #9da0a9; --line: #282a2f; --edge: #484b53; --hover: #1e2024;
-  --accent: #94a8ff; --on: #10142a; --red: #ff8d83; } }
+:root {
+  color-scheme: light dark; scroll-padding: 8rem 0 6rem; overflow-anchor: none;
+  --bg: light-dark(#fbfbfa, #131417); --top: light-dark(#fff, #1b1c20);
+  --ink: light-dark(#1d1e22, #e8e8eb); --soft: light-dark(#62656d, #9da0a9);
+  --line: light-dark(#e8e8e5, #282a2f); --edge: light-dark(#c6c7c9, #484b53);
+  --accent: light-dark(#3b56c8, #94a8ff); --on: light-dark(#fff, #10142a);
+  --hover: light-dark(#f2f2ef, #1e2024); --red: light-dark(#b3261e, #ff8d83);
+  --side: max(1rem, 50vw - 38rem); accent-color: var(--accent);
+}
 * { box-sizing: border-box; }
-body { margin: 0 var(--side); background: var(--bg); color: var(--ink);
-  font: 0.9375rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1, h2 { font-size: 1.125rem; font-weight: 600; margin: 0; }
-button, select, input:not([type="checkbox"], [type="radio"]) { height: 2.375rem;
-  padding: 0 0.875rem; font: inherit; color: inherit; background: var(--top);
-  border: 1px solid var(--edge); border-radius: 8px; white-space: nowrap; }
-button { cursor: pointer; font-weight: 500; }
-button:hover, #menu > :hover { background: var(--hover); }
+[hidden], .reader .write, .open #leave, #other:empty, #other button, #state:has(> :empty) {
+  display: none !important;
+}
+body {
+  margin: 0 var(--side); background: var(--bg); color: var(--ink);
+  font: 0.9375rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere;
+}
+h1, h2 { margin: 0; font-size: 1.125rem; font-weight: 600; }
+button, select, input:not([type="checkbox"]) {
+  height: 2.375rem; padding: 0 0.875rem; border: 1px solid var(--edge); border-radius: 8px;
+  background: var(--top); color: inherit; font: inherit;
+}
+button:hover, #menu > :hover, .user:is(:hover, :focus-within) { background: var(--hover); }
 button:disabled { opacity: 0.5; }
-.primary, .primary:hover { background: var(--accent); border-color: transparent;
-  color: var(--on); }
+.primary, .primary:hover { border: 0; background: var(--accent); color: var(--on); }
 .danger, .error { color: var(--red); }
-:focus-visible, .drop:focus-within { outline: 2px solid var(--accent) !important;
-  outline-offset: 2px; }
-[type="checkbox"], [type="radio"], progress { accent-color: var(--accent);
-  width: 1.0625rem; height: 1.0625rem; margin: 0; vertical-align: -0.1875rem; }
-[hidden], #state:empty, .reader .write, .out :is(.bar, table) {
-  display: none !important; }
-.bar { position: sticky; top: 0; z-index: 2; height: var(--bar);
-  background: var(--bg); display: flex; flex-wrap: wrap; gap: 0 0.75rem;
-  align-items: center; align-content: center; }
-#count, #about, #state p, #ask-text { color: var(--soft);
-  font-variant-numeric: tabular-nums; }
-#search { width: 22rem; margin-inline-start: auto; }
-#list { width: 100%; border-spacing: 0; table-layout: fixed; margin-bottom: 6rem; }
-#list thead { position: sticky; top: var(--bar); z-index: 1; background: var(--bg);
-  font-size: 0.8125rem; }
-#list :is(th, td) { height: 3rem; padding: 0 0.75rem; border-bottom: var(--card);
-  color: var(--soft); font-weight: 400; text-align: left; white-space: nowrap;
-  overflow: hidden; text-overflow: ellipsis; }
-#list th:first-child { width: 2.75rem; } #list th:nth-child(2) { width: 25%; }
-#list th:nth-child(3) { width: 30%; } #list th:last-child { width: 8.5rem; }
-#list button { all: unset; cursor: pointer; border-radius: 3px; }
-#list [aria-sort="ascending"] button::after { content: " ↑"; }
-#list [aria-sort="descending"] button::after { content: " ↓"; }
-#list .user { cursor: pointer; }
-#list .user button { color: var(--ink); font-weight: 500; }
-#list .user:is(:hover, :focus-within, :has(:checked)) { background: var(--hover); }
-#list [aria-hidden] td { padding: 0; border: 0; height: 0; }
-#list[aria-busy="true"] tbody { opacity: 0.6; transition: opacity 0.2s 0.3s; }
-.changed { animation: changed 2s; }
-@keyframes changed { from {
-  background: color-mix(in srgb, var(--accent) 14%, var(--bg)); } }
-#state { text-align: center; padding: 4rem 1rem; }
-#bulk, #toast, #menu, dialog { background: var(--top); color: inherit;
-  border: var(--card); border-radius: 12px; box-shadow: 0 8px 30px #0003; }
-#bulk, #toast { position: fixed; z-index: 3; bottom: 1.25rem; left: 50%;
-  translate: -50%; width: max-content; max-width: calc(100vw - 1rem);
-  padding: 0.5rem 0.75rem; display: flex; flex-wrap: wrap; gap: 0.5rem;
-  align-items: center; justify-content: center; }
-#toast { bottom: 5.25rem; min-height: 3.375rem; }
-#toast:empty { opacity: 0; pointer-events: none; }
-#menu { position: fixed; inset: 3.5rem var(--side) auto auto; margin: 0;
-  padding: 0.375rem; }
-#menu > * { display: block; width: 14rem; padding: 0.4375rem 0.75rem; border: 0;
-  border-radius: 8px; text-align: start; color: inherit; text-decoration: none;
-  font-weight: 400; }
-dialog { width: min(36rem, calc(100vw - 1rem)); max-height: calc(100dvh - 1rem);
-  padding: 0; }
-dialog::backdrop { background: #0006; } dialog form { padding: 1.5rem 1.5rem 0; }
-dialog h2 { margin-bottom: 1rem; }
-dialog footer { display: flex; flex-wrap: wrap; gap: 0.5rem; justify-content: end;
-  position: sticky; bottom: 0; margin: 1.25rem -1.5rem 0; padding: 0.875rem 1.5rem;
-  background: var(--top); border-top: var(--card); }
+:focus-visible { outline: 2px solid var(--accent) !important; outline-offset: 2px; }
+header, footer, #bulk, #toast { display: flex; flex-wrap: wrap; gap: 0.75rem; align-items: center; }
+header { position: sticky; top: 0; z-index: 2; padding: 0.8125rem 0; background: var(--bg); }
+#count { flex: 1; color: var(--soft); }
+header label { width: 22rem; }
+#search { width: 100%; }
+#list, #list :is(thead, tbody) { display: block; }
+#list tr {
+  display: grid; grid: auto / auto-flow 2.5rem 3fr 4fr 2fr 2fr; border-bottom: 1px solid var(--line);
+}
+#list :is(th, td) {
+  overflow: hidden; padding: 0 0.5rem; color: var(--soft); font-weight: 400; line-height: 3rem;
+  text-align: left; text-overflow: ellipsis; white-space: nowrap;
+}
+#list thead { position: sticky; top: 4rem; z-index: 1; background: var(--bg); }
+#list button { all: unset; cursor: pointer; }
+#list td button { color: var(--ink); font-weight: 500; }
+[aria-sort="ascending"]::after { content: " ↑"; }
+[aria-sort="descending"]::after { content: " ↓"; }
+[type="checkbox"] { width: 1.0625rem; height: 1.0625rem; vertical-align: middle; }
+#state { padding: 4rem 1rem; color: var(--soft); text-align: center; }
+#bulk, #toast, #menu, dialog {
+  border: 1px solid var(--line); border-radius: 12px; background: var(--top); color: inherit;
+  box-shadow: 0 8px 30px #0003;
+}
+#bulk, #toast {
+  position: fixed; z-index: 3; bottom: 1.25rem; left: 50%; translate: -50%;
+  width: max-content; max-width: calc(100vw - 1rem); padding: 0.5rem 0.75rem;
+}
+#toast { bottom: 5.25rem; }
+#toast:has(> :empty) { opacity: 0; pointer-events: none; }
+#menu { inset: 3.5rem var(--side) auto auto; margin: 0; padding: 0.375rem; }
+#menu > * {
+  display: block; width: 15rem; margin: 0; padding: 0.4375rem 0.75rem; border: 0;
+  color: inherit; text-align: start; text-decoration: none;
+}
+dialog { width: min(36rem, 100vw - 1rem); max-height: calc(100dvh - 1rem); padding: 1.5rem; }
+dialog::backdrop { background: #0006; }
+footer {
+  position: sticky; bottom: -1.5rem; justify-content: end; margin: 1.5rem -1.5rem -1.5rem;
+  padding: 0.875rem 1.5rem; border-top: 1px solid var(--line); background: var(--top);
+}
 #delete { margin-inline-end: auto; }
-.field { display: block; font-size: 0.8125rem; color: var(--soft);
-  margin-bottom: 0.75rem; }
-.field :is(input, select) { display: block; width: 100%; margin-top: 0.25rem;
-  font-size: 1rem; color: var(--ink); }
+:has(> #other:empty) ~ footer #theirs { display: none; }
+.field { display: block; margin-top: 0.75rem; color: var(--soft); font-size: 0.8125rem; }
+.field :is(input, select), progress { display: block; width: 100%; color: var(--ink); }
 [aria-invalid="true"] { border-color: var(--red) !important; }
-fieldset { border: 0; padding: 0; margin: 1.25rem 0 0; }
-legend { font-weight: 600; padding: 0 0 0.5rem; }
-.item { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr));
-  gap: 0 0.75rem; position: relative; border: var(--card);
-  padding: 0.75rem 3rem 0 0.75rem; margin-bottom: 0.5rem; border-radius: 10px; }
-.item > button { position: absolute; right: 0.25rem; top: 0.25rem; border: 0; }
-.item > .error { grid-column: 1 / -1; }
-.drop { display: block; position: relative; padding: 2rem 1rem; margin-bottom: 1rem;
-  text-align: center; border: 2px dashed var(--edge); border-radius: 12px; }
-.drop input { position: absolute; inset: 0; width: 100%; height: 100% !important;
-  opacity: 0; }
-progress { width: 100%; } #report { max-height: 14rem; overflow: auto; }
-dialog :is(td, th) { padding: 0.25rem 1rem 0.25rem 0; text-align: start;
-  vertical-align: top; font-weight: 400; }
-#clash table { table-layout: fixed; width: 100%; } #clash thead td { width: 4.5rem; }
-#clash :is(td, th) { padding-right: 0.5rem; }
-#report td:nth-child(2) { white-space: nowrap; }
-#clash label { display: flex; gap: 0.5rem; white-space: pre-line; }
-#clash input { flex: none; margin-top: 0.1875rem; }
-dl { display: grid; grid-template-columns: 4rem 1fr; gap: 0.5rem; } dd { margin: 0; }
-kbd { border: 1px solid var(--edge); border-radius: 6px; padding: 0 0.5rem; }
-code, kbd { font: 0.8125rem/1.6 ui-monospace, monospace; }
-@media (max-width: 60rem) { #list :is(th, td):nth-child(6) { display: none; } }
-@media (max-width: 42rem) { :root { --bar: 6.75rem; scroll-padding-top: 10rem; }
-  .bar { gap: 0.5rem; } #search { order: 1; width: 100%; } #more {
-  margin-inline-start: auto; } #list, #list :is(thead, tbody) { display: block; }
-  #list tr { display: grid; grid-template-columns: 2.25rem minmax(0, 1fr) auto; }
-  #list thead tr { display: flex; gap: 1.25rem; border-bottom: var(--card); }
-  #list :is(th, td) { border: 0; padding: 0; width: auto; height: auto;
-  align-content: center; } #list th:nth-child(n) { width: auto; height: 2.5rem; }
-  #list th:nth-child(n + 4) { display: none; } #list .user { height: 4rem;
-  padding: 0.375rem 0; border-bottom: var(--card); } #list td:first-child {
-  grid-row: 1 / 3; } #list td:nth-child(3) { grid-area: 2 / 2; }
-  #list td:nth-child(n + 4) { grid-area: 2 / 3; max-width: 8.5rem;
-  padding-left: 0.75rem; text-align: right; } #list td:nth-child(5) { grid-row: 1; } }
-@media (prefers-reduced-motion: reduce) { * { animation: none !important;
-  transition: none !important; } }
-"""
+fieldset { margin: 1rem 0 0; padding: 0; border: 0; }
+legend { padding: 0 0 0.5rem; font-weight: 600; }
+[name] .item {
+  display: grid; grid: auto / repeat(auto-fill, minmax(min(10rem, 100%), 1fr)); gap: 0 0.75rem;
+  position: relative; margin-bottom: 0.5rem; padding: 0 3rem 0.75rem 0.75rem;
+  border: 1px solid var(--line); border-radius: 10px;
+}
+[data-act="drop"] { position: absolute; right: 0.25rem; top: 0.25rem; border: 0; }
+#versions { display: grid; grid: auto / auto-flow minmax(0, 1fr); gap: 1rem; }
+.drop { display: block; padding: 2rem 1rem; border: 2px dashed var(--edge); text-align: center; }
+#report { display: block; max-height: 14rem; overflow: auto; white-space: pre-line; }
+@media (max-width: 42rem) {
+  header label { order: 1; width: 100%; }
+  #list thead { top: 7.125rem; }
+  #list .user { grid: auto auto / auto-flow 2.5rem 1fr auto; }
+  #list td { line-height: 2rem; }
+  #list td:first-child { grid-row: span 2; align-content: center; }
+  #list td:nth-child(n + 4) { text-align: right; }
+  #list th:nth-child(n + 4) { display: none; }
+}
+@media (prefers-reduced-motion: no-preference) { .changed { animation: changed 2s; } }
+@keyframes changed { from { background: color-mix(in srgb, var(--accent) 14%, var(--bg)); } }
+"""  # noqa: E501
 
 PAGE_SCRIPT = r"""
 "use strict";
-const $ = (id) => document.getElementById(id), data = JSON.parse($("data").textContent);
-const home = location.origin + data.base, api = home + "/api/v2/user";
-const SIZE = 100; // users a page; at most four pages are in the document at a time
-const body = $("rows"), search = $("search"), selected = new Map(), changed = new Set();
-let q, sort, pages, origin, counted, total = 0, rows = new Map(), seq = data.seq || 0, stream, timer, typing;
-let undo, user, controls = [], start, places, sent, file, kind;
-function show(id, ...parts) { // what stands there already is not told again
-  if (parts.length !== 1 || parts[0] !== $(id).textContent) $(id).replaceChildren(...parts);
+const $ = (id) => document.getElementById(id), { base, seq } = document.body.dataset;
+const home = location.origin + base, api = `${home}/api/v2/user`;
+const body = $("rows"), search = $("search"), selected = new Map(); // users by id
+const SIZE = 100; // users a page
+let q, sort, pages, near, origin, total, latest, stream, timer, since = seq; // the list
+let user, sent, doomed, undo; // of the form, the question, the message
+
+const who = (users) => users[1] ? `${users.length} users` : `\u2068${users[0].name}\u2069`;
+const match = ({ version }) => ({ "If-Match": `"${version}"` });
+function show(texts) { // what stands there already is not told again
+  for (const [id, text] of Object.entries(texts))
+    if ($(id).textContent !== text) $(id).textContent = text;
 }
-const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
-const match = (one) => ({ "If-Match": `"${one.version}"` }), named = (one) => make("bdi", {}, one.name);
-function make(tag, properties, ...children) {
-  const node = Object.assign(document.createElement(tag), properties);
-  node.append(...children); return node;
+function note(note, remedy = "Try again", act = "restart") { // in the list's place
+  show({ note, remedy });
+  $("remedy").dataset.act = act;
 }
-async function call(method, url, body, headers = {}, type = "application/json") {
-  if (body) headers = { "Content-Type": type, ...headers };
-  const got = await fetch(url, { method, headers, body }).catch(() => Response.error());
-  const result = await got.json().catch(() => ({})), { errors = [], detail } = result, { status } = got;
-  if (got.ok) return result;
-  throw Object.assign(new Error(detail || "The server did not answer. Try again."), { status, errors });
-}
-function answer(id) { // of a dialog: the value of the button that closed it
-  $(id).returnValue = ""; $(id).open || $(id).showModal();
-  return new Promise((done) => ($(id).onclose = () => done($(id).returnValue)));
-}
-function say(parts, back) { // a passing message, with an undo while it lasts
-  undo = back && (() => back(say([])));
-  const button = back && make("button", { onclick: undo }, "Undo");
-  show("toast", ...(parts.length ? [make("span", {}, ...parts), button || ""] : []));
+function say(said, back) { // a passing message, with an undo while it lasts
+  show({ said });
+  [undo, $("undo").hidden] = [back, !back];
   clearTimeout(say.timer);
-  if (parts.length) say.timer = setTimeout(say, 15000, []);
+  say.timer = setTimeout(say, 15000, "");
 }
-const note = (title, text, label, onclick) => // in the list's place: what is, and what to do
-  show("state", make("h2", {}, title), make("p", {}, text), make("button", { onclick }, label));
+function done(text, back) {
+  for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close();
+  say(text, back);
+  list(true);
+}
+async function call(method, url, body, headers) { // the answer; a problem has a status
+  headers = { "Content-Type": "application/json", ...headers };
+  const lost = { status: 503, detail: "The server did not answer. Try again." };
+  return fetch(url, { method, headers, body }).then((got) => got.json()).catch(() => lost);
+}
+function why({ detail, errors = [] }) { // a problem with all its errors, a line each
+  const faults = errors.map(({ line, pointer, parameter, detail }) =>
+    [line && `Line ${line}:`, parameter ?? pointer?.slice(2), detail].filter(Boolean).join(" "));
+  return [detail, ...faults].join("\n");
+}
+
 // The list: pages follow each other by cursor; those near the view are in the document.
 const query = (more) => `${api}?${new URLSearchParams({ ...(q && { q }), sort, ...more })}`;
-const room = () => make("tr", { ariaHidden: "true" }, make("td", {})), above = room(), below = room();
-function restart() {
+function restart() { // the address holds what is searched and how it is sorted
   const asked = new URLSearchParams(location.search);
-  [q, sort, origin, pages, counted] = [asked.get("q") || "", asked.get("sort") || "name", 0, [{}], false];
-  if (search.value.trim() !== q) search.value = q;
-  for (const { dataset: { sort: by }, parentNode } of document.querySelectorAll("[data-sort]"))
-    parentNode.ariaSort = { [by]: "ascending", ["-" + by]: "descending" }[sort] || "none";
-  for (const format of ["csv", "ndjson"]) $(format).href = query({ format });
-  layout();
+  [q, sort] = [asked.get("q") ?? "", asked.get("sort") ?? "name"];
+  search.value = q;
+  for (const { value, parentNode } of document.querySelectorAll("th button"))
+    parentNode.ariaSort = { [value]: "ascending", [`-${value}`]: "descending" }[sort] ?? "none";
+  [pages, origin] = [[query({ limit: SIZE, count: true })], 0]; // addresses; how many were dropped
+  list(true);
 }
-function go(change, replace) { // to another search or order, which the address holds
-  const next = { q, sort, ...change }, asked = new URLSearchParams(next);
-  if (!next.q) asked.delete("q");
-  if (next.sort === "name") asked.delete("sort");
-  const url = String(asked) ? "?" + asked : location.pathname;
-  history[replace ? "replaceState" : "pushState"](0, "", url); scrollTo(0, 0);
+function go(name, value) { // to another search or order; typing is one step of the history
+  const url = new URL(location), typed = name === "q";
+  if (value) url.searchParams.set(name, value);
+  else url.searchParams.delete(name);
+  history[typed && history.state ? "replaceState" : "pushState"](typed, "", url);
+  scrollTo(0, 0);
   restart();
 }
-async function load(page) {
-  const more = { limit: SIZE, ...(page.after && { after: page.after }) };
-  if (!counted) more.count = true;
-  page.fresh = counted = true;
-  const got = await call("GET", query(more)).catch((fault) => fault), { errors } = got;
-  const at = pages.indexOf(page);
-  if (at < 0) return; // the answer to an older question never wins
-  const why = [got.message, ...(errors || []).map((each) => `${each.parameter} ${each.detail}`)];
-  if (got.status === 401) stream?.close(); // or the browser would ask for a login every time
-  if (errors && !pages[0].rows) rows = new Map(body.replaceChildren()); // not another search's
-  if (errors) return note("No list", why.join("; "), "Try again", restart);
-  [page.rows, total] = [got.results, got.total ?? total];
-  const next = got.next && new URL(got.next, api).searchParams.get("after"), old = pages[at + 1];
-  if (!next) pages.length = at + 1;
-  else if (old?.after !== next) pages[at + 1] = { after: next, rows: old?.rows };
-  layout();
-}
-function layout() {
-  const tall = SIZE * (body.querySelector(".user")?.offsetHeight || 48), last = pages.length - 1;
-  const at = Math.max(0, Math.min(last, Math.floor((scrollY - body.offsetTop) / tall)));
-  const first = Math.max(0, at - 1), near = pages.slice(first, at + 3), users = new Map();
-  for (const page of near) if (!page.fresh) load(page);
-  $("list").ariaBusy = !pages[at].rows;
-  if (!last && !pages[0].rows) return; // the former list stays until this one is here
-  for (const page of pages) if (!near.includes(page)) page.rows = page.fresh = null;
-  near.forEach((page, i) => page.rows?.forEach((one, n) =>
-    users.set(one.id, row(one, (origin + first + i) * SIZE + n + 2))));
-  const coming = pages.length - first - near.filter((page) => page.rows).length;
-  above.firstChild.style.height = first * tall + "px";
-  below.firstChild.style.height = coming * tall + "px"; paint((rows = users));
+async function list(anew) {
+  if (anew) [near, timer] = [{}, null]; // the answers, by number of page
+  const asked = (latest = {}), users = [], tall = SIZE * (body.rows[0]?.offsetHeight ?? 48);
+  const first = Math.max(0, Math.min(pages.length - 1, Math.floor((scrollY - innerHeight) / tall)));
+  let end = first, got;
   if (origin && !scrollY) return restart();
-  if (first < 4000) return;
-  [pages, origin] = [pages.slice(2000), origin + 2000]; // browsers lay out 33 million px at most
-  scrollBy(0, -2000 * tall);
-}
-function row(one, ariaRowIndex) {
-  const old = rows.get(one.id), [phone, ...more] = one.phone, city = one.address.find((each) => each.city);
-  if (old?.one.version === one.version) return Object.assign(old, { ariaRowIndex });
-  if (selected.has(one.id)) selected.set(one.id, one);
-  const box = make("input", { type: "checkbox", ariaLabel: "Select " + one.name });
-  const phones = (phone?.number || "") + (more.length ? ` +${more.length}` : "");
-  const day = new Date(one.updated).toLocaleDateString([], { dateStyle: "medium" });
-  const cells = [box, make("button", { dir: "auto" }, one.name), one.mail, phones, city?.city || "", day];
-  const className = changed.delete(one.id) ? "user changed" : "user";
-  return make("tr", { one, ariaRowIndex, role: "row", className },
-    ...cells.map((content) => make("td", { role: "cell", dir: "auto" }, content)));
-}
-function paint() {
-  const list = [above, ...rows.values(), below], old = [...body.rows];
-  const active = document.activeElement, held = active.closest("#rows tr");
-  if (old.length !== list.length || old.some((tr, i) => tr !== list[i])) {
-    body.replaceChildren(...list); // who had the focus keeps it, or gives it to who stands there now
-    const heir = rows.get(held?.one.id) || body.rows[old.indexOf(held)];
-    if (held) (active.isConnected ? active : heir?.querySelector("button") || search).focus({ preventScroll: true });
+  if (first > 4000) { // browsers lay out 33 million pixels: drop what is far above
+    [pages, near, origin] = [pages.slice(2000), {}, origin + 2000];
+    return scrollBy(0, -2000 * tall);
   }
+  for (; end < pages.length && end * tall <= scrollY + 2 * innerHeight; end++) {
+    got = await (near[end] ??= call("GET", pages[end]));
+    if (asked !== latest) return; // the answer to an older question never wins
+    if (got.status) return note(why(got), body.replaceChildren());
+    users.push(...got.results);
+    total = got.total ?? total; // as of the first page
+    if (got.next) pages[end + 1] = location.origin + got.next.replace("&count=true", "");
+    else pages.length = end + 1;
+  }
+  for (const n in near) if (n < first || n >= end) delete near[n];
+  $("list").style.marginBlock = `${first * tall}px ${(pages.length - end) * tall}px`;
+  paint(users, (origin + first) * SIZE);
+}
+function paint(users, above) {
+  const list = users.map(row), active = document.activeElement;
+  if (list.length !== body.rows.length || list.some((tr, n) => tr !== body.rows[n])) {
+    body.replaceChildren(...list);
+    active.focus({ preventScroll: true }); // who had it keeps it
+  }
+  list.forEach((tr, n) => (tr.ariaRowIndex = above + n + 2));
   $("list").ariaRowCount = total + 1;
-  show("count", total.toLocaleString() + (q ? " found" : ""));
-  if (rows.size) show("state");
-  else if (q) note("Nobody found", `No name or mail holds “${q}”.`, "Show all", () => go({ q: "" }));
-  else note("No users yet", "Add the first, or drop a CSV or NDJSON file here.", "New user", () => edit());
+  show({ count: total.toLocaleString() + (q ? " found" : "") });
   choose([]);
+  if (total) note("");
+  else if (q) note(`No name or mail holds “${q}”.`, "Show all", "everyone");
+  else note("No users yet. Add the first, or drop a CSV or NDJSON file here.", "New user", "create");
+  if (stream?.readyState === EventSource.CLOSED) follow();
 }
-function choose(list, on) { // select or unselect these, and show what is selected
-  for (const one of list) on ? selected.set(one.id, one) : selected.delete(one.id);
-  const boxes = [...body.querySelectorAll("input")], all = $("all");
-  for (const box of boxes) box.checked = selected.has(box.closest("tr").one.id);
-  all.checked = boxes.length > 0 && boxes.every((box) => box.checked);
-  all.indeterminate = selected.size > 0 && !all.checked;
-  $("bulk").hidden = !selected.size;
-  show("chosen", `${selected.size.toLocaleString()} selected`);
+function row(user) {
+  const tr = $(`user-${user.id}`) ?? $("row").content.firstElementChild.cloneNode(true);
+  if (tr.user?.version === user.version) return tr;
+  const numbers = user.phone.map((phone) => phone.number).join(", ");
+  const cities = user.address.map((address) => address.city).filter(Boolean).join(", ");
+  const texts = [user.name, user.mail, numbers, cities];
+  tr.querySelectorAll("[dir]").forEach((cell, n) => (cell.textContent = texts[n]));
+  tr.querySelector("input").ariaLabel = `Select ${user.name}`;
+  tr.classList.toggle("changed", Boolean(tr.user));
+  if (selected.has(user.id)) selected.set(user.id, user);
+  return Object.assign(tr, { user, id: `user-${user.id}` });
 }
-function refresh() {
-  timer = counted = false; for (const page of pages) page.fresh = false; layout();
-}
-function follow() { // what others change; a hidden page gives its connection back
-  stream?.close(); if (document.hidden) return;
-  stream = new EventSource(`${home}/api/changes?since=${seq}`);
-  stream.onmessage = (event) => {
-    const change = JSON.parse(event.data);
-    [seq, timer] = [change.seq, timer || setTimeout(refresh, 500)];
-    changed.add(change.user);
-    if (change.op === "delete") selected.delete(change.user);
-  };
-  const again = () => follow(refresh()); // refused, as the log begins later: look anyway
-  stream.onerror = () => stream.readyState === 2 && setTimeout(again, 5000);
-}
-// The form comes out of the server's table of fields; errors find their place by pointer.
-const parts = (kind, values = {}) =>
-  data.fields[kind].filter((field) => !field.readOnly).map((field) => control(field, values[field.name]));
-function control(field, value) {
-  const { title, type, inputType, autocomplete = "off", required } = field;
-  if (type === "list") return group(field, value || []);
-  const error = make("small", { className: "error" });
-  const input = make("input", { type: inputType, value: value ?? "", autocomplete, required, dir: "auto" });
-  const number = () => type === "integer" && input.value !== "";
-  const read = (at) => (places.set(at, [error, input]), number() ? +input.value : input.value);
-  return make("label", { className: "field", field, read }, title, input, error);
-}
-function group(field, values) { // rows to add and remove
-  const { name, title } = field, list = make("div"), type = "button";
-  const more = make("button", { type, onclick: () => add().focus() }, "Add " + name);
-  const add = (value = {}) => {
-    const inner = parts(name, value), error = make("small", { className: "error" });
-    const onclick = () => more.focus(item.remove()), ariaLabel = "Remove this " + name;
-    const read = (at) => collect(inner, at, error, value.id ? { id: value.id } : {});
-    const away = make("button", { type, onclick, ariaLabel }, "×");
-    const item = make("div", { className: "item", read }, ...inner, away, error);
-    list.append(item); return inner[0].querySelector("input");
-  };
-  values.forEach((value) => add(value));
-  const read = (at) => [...list.children].map((item, i) => item.read(`${at}/${i}`));
-  return make("fieldset", { field, read }, make("legend", {}, title), list, more);
-}
-function collect(nodes, at, error, item) {
-  places.set(at, [error]);
-  for (const { field: { name, required }, read } of nodes) {
-    item[name] = read(`${at}/${name}`);
-    if (item[name] === "" && !required) delete item[name];
+function choose(users, on) { // select or unselect these, and show what is selected
+  for (const one of users) selected[on ? "set" : "delete"](one.id, one);
+  for (const tr of body.rows) tr.querySelector("input").checked = selected.has(tr.user.id);
+  for (const link of document.querySelectorAll("[download]")) {
+    const what = selected.size ? `${api}?id=${[...selected.keys()]}` : query();
+    link.href = `${what}&format=${link.dataset.format}`;
   }
+  const none = !selected.size, every = [...body.rows].every(({ user }) => selected.has(user.id));
+  [$("bulk").hidden, $("all").checked, $("all").indeterminate] = [none, !none && every, !none && !every];
+  show({ chosen: `${selected.size} selected` });
+}
+function follow() { // what others change
+  stream = new EventSource(`${home}/api/changes?since=${since}`);
+  stream.onmessage = ({ data }) => {
+    const { seq, op, user } = JSON.parse(data);
+    [since, timer] = [seq, timer ?? setTimeout(list, 500, true)];
+    if (op === "delete") selected.delete(user);
+  };
+  stream.onerror = () => stream.readyState === EventSource.CLOSED && setTimeout(list, 5000, true);
+}
+
+// The form is made of the server's table of fields; errors find their place by its names.
+const sheet = (shape, item) => fill($(shape).content.firstElementChild.cloneNode(true), item);
+const add = (list, item) => list.insertBefore(sheet(list.name, item), list.lastElementChild);
+function fill(node, item = {}) {
+  for (const input of node.querySelectorAll("input")) input.value = item[input.name] ?? "";
+  for (const list of node.querySelectorAll("fieldset"))
+    item[list.name]?.forEach((each) => add(list, each));
+  return node;
+}
+function read(node) {
+  const item = {};
+  for (const { name, type, value, valueAsNumber } of node.querySelectorAll(":scope > label > input"))
+    item[name] = type === "number" ? valueAsNumber || undefined : value;
+  for (const list of node.querySelectorAll("fieldset"))
+    item[list.name] = [...list.querySelectorAll(".item")].map(read);
   return item;
 }
-const values = () => collect(controls, "#/item", $("form-error"), {}, (places = new Map()));
-const members = (item, names) => Object.fromEntries(names.map((name) => [name, item[name] ?? null]));
-const changes = (item) => // the members that are not as the form began; null takes one away
-  members(item, controls.map(({ field }) => field.name).filter((name) => !same(item[name], start[name])));
-function edit(one, draft) {
-  [user, controls, sent] = [one, parts("user", one), null]; start = values();
-  if (draft) controls = parts("user", { ...one, ...draft });
-  show("fields", ...controls); show("form-error");
-  show("form-title", one ? one.name : "New user");
-  show("about", one ? `User ${one.id}, last changed ${new Date(one.updated).toLocaleString()}` : "");
-  $("delete").hidden = !one; $("form").open || $("form").showModal();
-  $("fields").querySelector("input").focus();
+function edit(one) {
+  [user, sent] = [one, {}];
+  $("fields").replaceChildren(sheet("user", one));
+  $("other").replaceChildren();
+  show({ "form-title": one?.name ?? "New user", "form-error": "" });
+  $("delete").hidden = !one;
+  $("form").close();
+  $("form").showModal();
 }
-function blame({ errors, message }) { // each message goes to its field, or to what holds the field
-  for (let { pointer, detail } of errors) {
-    while (pointer && !places.has(pointer)) pointer = pointer.slice(0, Math.max(0, pointer.lastIndexOf("/")));
-    const [error, input] = places.get(pointer || "#/item"); error.append(detail + ". ");
-    if (input) input.ariaInvalid = "true";
+async function save() {
+  const content = JSON.stringify({ item: read($("fields").firstChild) });
+  if (sent.content !== content) sent = { content, key: `${Date.now()}-${Math.random()}` };
+  const got = user
+    ? await call("PATCH", `${api}/${user.id}`, content, match(user))
+    : await call("POST", api, content, { "Idempotency-Key": sent.key });
+  if (got.status === 404) [user, got.detail] = [null, "This user was deleted. Save to add it anew."];
+  if (got.status === 412) clash();
+  else if (got.status) blame(got);
+  else done(`Saved ${who(got.results)}`);
+}
+async function clash() { // someone was faster: what they saved is shown beside
+  const got = await call("GET", `${api}/${user.id}`);
+  if (got.status) return blame(got);
+  [user] = got.results;
+  $("other").replaceChildren(sheet("user", user));
+  blame({ detail: "Someone else saved first. Save yours, or take theirs." });
+}
+function blame({ detail, errors = [] }) { // each error stands at what its pointer names
+  show({ "form-error": detail });
+  for (const node of $("fields").querySelectorAll(".error, input"))
+    [node.textContent, node.ariaInvalid] = ["", null];
+  for (const { pointer, detail } of errors) {
+    let part = $("fields").firstChild;
+    for (const name of pointer.split("/").slice(2))
+      part = part.querySelector(`[name="${name}"]`) ?? part.querySelectorAll(".item")[name];
+    if (part.matches("input")) part.ariaInvalid = "true";
+    (part.closest("label") ?? part).querySelector(":scope > .error")?.append(`${detail}. `);
   }
-  if (!errors.length) show("form-error", message);
-  $("fields").querySelector("[aria-invalid=true]")?.focus();
+  $("fields").querySelector("[aria-invalid]")?.focus();
 }
-async function save(item, patch) {
-  for (const [error, input] of places.values()) input && (input.ariaInvalid = "false"), error.replaceChildren();
-  const content = JSON.stringify({ item: user ? patch : item });
-  if (sent?.content !== content) sent = { content, key: `${Date.now()}-${Math.random()}` };
-  const once = { "Idempotency-Key": sent.key }; // a second try adds no second user
-  try {
-    const saved = user ? await call("PATCH", `${api}/${user.id}`, content, match(user))
-      : await call("POST", api, content, once);
-    start = item; $("form").close();
-    say(["Saved ", named(saved.results[0])]); refresh();
-  } catch (fault) {
-    if (fault.status === 412) return clash(item).catch(blame);
-    if (fault.status === 404) [user, fault.message] = [null, "This user was deleted. Save to add it anew."];
-    blame(fault);
-  }
+
+// Several at once: delete and bring back, import.
+function remove(users) {
+  doomed = users;
+  show({ "ask-title": `Delete ${who(users)}?` });
+  $("ask").showModal();
 }
-async function clash(item) { // someone was faster: whose stays, member by member?
-  const theirs = (await call("GET", `${api}/${user.id}`)).results[0], mine = changes(item);
-  const plain = ({ id, ...rest }) => Object.values(rest).filter(Boolean).join(" · ");
-  const text = (value) => (value?.map ? value.map(plain).join("\n") : String(value ?? "")) || "—";
-  const other = controls.map(({ field }) => field).filter(({ name }) => text(item[name]) !== text(theirs[name]));
-  const side = (name, value, checked) => make("td", {}, make("label", {},
-    make("input", { type: "radio", name, checked }), make("bdi", {}, text(value))));
-  show("versions", ...other.map(({ name, title }) => make("tr", {}, make("th", {}, title),
-    side(name, item[name], name in mine), side(name, theirs[name], !(name in mine)))));
-  if ((await answer("clash")) !== "save") return;
-  const ours = (_, i) => $("versions").rows[i].querySelector("input").checked;
-  user = theirs; save(item, members(item, other.filter(ours).map(({ name }) => name)));
+async function erase() {
+  const erased = (one) => call("DELETE", `${api}/${one.id}`, null, match(one));
+  const told = await Promise.all(doomed.map(erased)), fault = told.find((got) => got.status);
+  const gone = doomed.filter((_, n) => !told[n].status), text = fault ? `Not deleted: ${fault.detail}. ` : "";
+  choose(gone, false);
+  if (gone.length) done(`${text}Deleted ${who(gone)}`, () => restore(gone));
+  else done(text);
 }
-// Several at once: delete and bring back, export, import.
-const chosen = () => [...selected.values()];
-const portions = (list) => list.length === 0 ? [] // ids, as many as a request line can hold
-  : [list.slice(0, 300).map((one) => one.id).join(), ...portions(list.slice(300))];
-async function remove(list) {
-  const [one, ...more] = list, gone = [], who = () => (more.length ? `${list.length} users` : named(one));
-  if (!one) return; show("ask-title", "Delete ", who(), "?");
-  show("ask-text", list.slice(0, 9).map((each) => each.mail).join(", ") + (list[9] ? ", …" : ""));
-  if ((await answer("ask")) !== "yes") return;
-  start = values(); $("form").close();
-  try {
-    for (const ids of portions(list)) { // several are read first, as they are now
-      const found = more.length ? (await call("GET", `${api}?id=${ids}`)).results : list;
-      if (!more.length) await call("DELETE", `${api}/${ids}`, null, match(one));
-      else if (found.length) await call("DELETE", `${api}?id=${portions(found)}`);
-      gone.push(...found);
-    }
-  } catch (fault) {
-    say([fault.status === 412 ? "Not deleted: it has just been changed." : fault.message]);
-  }
-  if (gone.length) say(["Deleted ", who()], () => restore(gone));
-  choose(list, false); refresh();
+async function restore(users) { // as lines of an import, which keep ids and times
+  const lines = users.map((one) => JSON.stringify(one)).join("\n");
+  const got = await call("POST", api, lines, { "Content-Type": "application/x-ndjson" });
+  done(got.detail ?? `Restored ${who(users)}`);
 }
-async function restore(list) { // as lines of an import, which keep ids and times
-  const lines = list.map((one) => JSON.stringify(one)), type = "application/x-ndjson";
-  const told = await call("POST", api, lines.join("\n"), {}, type).catch((fault) => fault);
-  say([told.errors ? told.message : "Restored"]); refresh();
+function bring() { // a file
+  $("import").querySelector("form").reset();
+  $("upload").disabled = true;
+  $("import").showModal();
 }
-const take = (format) => portions(chosen()).forEach((ids) =>
-  make("a", { href: `${api}?id=${ids}&format=${format}`, download: "users." + format }).click());
-function bring() {
-  [file, $("file").value, $("import-go").disabled] = [null, "", true]; show("report");
-  answer("import");
+async function upload(dry) {
+  const [file] = $("file").files, url = `${api}?conflict=${$("conflict").value}&dry_run=${dry}`;
+  if (!file) return;
+  const lines = (await file.slice(0, 99).text()).trim().startsWith("{");
+  [$("progress").hidden, $("upload").disabled] = [false, true];
+  const type = { "Content-Type": lines ? "application/x-ndjson" : "text/csv" };
+  const got = await call("POST", url, file, type);
+  const counts = `${got.created} new, ${got.replaced} replaced, ${got.skipped} skipped`;
+  [$("progress").hidden, $("upload").disabled] = [true, Boolean(got.status)];
+  $("report").value = `${file.name}\n${got.status ? why(got) : counts}`;
+  if (!dry && !got.status) done(`Imported: ${counts}`);
 }
-async function check(chosen) { // what would this file do? nothing is kept yet
-  if (!(file = chosen)) return; const head = await file.slice(0, 99).text();
-  kind = head.trim()[0] === "{" ? "application/x-ndjson" : "text/csv"; upload(true);
-}
-function upload(dry_run) { // by XMLHttpRequest, which alone tells how far it is
-  const request = new XMLHttpRequest(), bar = $("progress"), conflict = $("conflict").value;
-  request.open("POST", `${api}?${new URLSearchParams({ conflict, dry_run })}`);
-  request.setRequestHeader("Content-Type", kind);
-  request.upload.onprogress = ({ loaded, total }) => (bar.value = loaded / total);
-  request.upload.onload = () => bar.removeAttribute("value"); // all is sent, not yet answered
-  request.onloadend = () => report(request.response || {}, dry_run);
-  request.responseType = "json";
-  [bar.hidden, bar.value, $("import-go").disabled] = [false, 0, true];
-  request.send(file);
-}
-function report({ code, created, replaced, skipped, detail, errors = [], total }, dry) {
-  const done = `${created} new, ${replaced} replaced, ${skipped} skipped`, good = code === 0;
-  const text = good ? "Ready: " + done : detail || "The server did not answer. Try again.";
-  const line = ({ line, pointer, detail }) => make("tr", {}, make("td", {}, String(line ?? "")),
-    make("td", {}, (pointer || "").replace("#/", "")), make("td", {}, detail));
-  show("report", named(file), make("p", { className: good ? "" : "error" }, text),
-    make("table", {}, ...errors.map(line)), total > errors.length ? `… and ${total - errors.length} more` : "");
-  [$("progress").hidden, $("import-go").disabled] = [true, !good];
-  if (!good || dry) return; $("import").close();
-  say(["Imported: " + done]); refresh();
-}
-// Hands: the shortcuts (the help shows this table), the mouse, the buttons.
-const current = () => document.activeElement.closest(".user")?.one;
-const free = () => !document.querySelector("dialog[open]");
-function move(step) {
-  const list = [...rows.values()], at = list.findIndex((tr) => tr.one === current());
-  const seen = list.findIndex((tr) => tr.getBoundingClientRect().top > 90);
-  list[at < 0 ? seen : at + step]?.querySelector("button").focus();
-}
-const shortcuts = [
-  ["/", "Search", () => search.focus()], ["n", "New user", () => edit()], ["i", "Import", bring],
-  ["j", "Next user", () => move(1)], ["k", "Previous user", () => move(-1)], ["Enter", "Open the user"],
-  ["x", "Select the user, or not", ([one]) => one && choose([one], !selected.has(one.id))],
-  ["d", "Delete the selected, or the user", (one) => remove(selected.size ? chosen() : one)],
-  ["u", "Undo, while it is offered", () => undo?.()], ["Esc", "Close, or unselect all"],
-  ["?", "Show these shortcuts", () => answer("keys")],
-];
-document.onkeydown = (event) => {
-  const { key, target, ctrlKey, metaKey, altKey } = event, one = current();
-  if (ctrlKey || metaKey || altKey || target.matches("input:not([type=checkbox]), select") || !free()) return;
-  const act = shortcuts.find(([name]) => name === key)?.[2];
-  if (key === "Escape") choose(chosen(), false);
-  else if (act && $("keys-on").checked) event.preventDefault(act(one ? [one] : []));
+
+// Hands: buttons, keys, files, history.
+const acts = { // by a button's data-act
+  add: ({ parentNode }) => add(parentNode).querySelector("input:not([type=number])").focus(),
+  all: ({ checked }) => choose([...body.rows].map((tr) => tr.user), checked),
+  bring,
+  close: () => $("form").close(),
+  create: () => edit(),
+  delete: () => remove([user]),
+  drop: ({ parentNode }) => parentNode.remove(),
+  erase,
+  everyone: () => go("q"),
+  leave,
+  remove: () => remove([...selected.values()]),
+  restart,
+  sort: ({ value }) => go("sort", sort === value ? `-${value}` : value),
+  theirs: () => edit(user),
+  undo: () => undo(say("")),
+  unselect: () => choose([...selected.values()], false),
+  upload: () => upload(false),
 };
-const files = ({ dataTransfer }) => dataTransfer.types.includes("Files");
-document.ondragover = (event) => files(event) && event.preventDefault(free() && bring());
-document.ondrop = (event) => {
-  if (files(event)) event.preventDefault();
-  if (files(event) && $("import").open) check(event.dataTransfer.files[0]);
-};
-body.onclick = ({ target }) => {
-  const one = target.closest(".user")?.one;
-  if (target.matches("input")) choose([one], target.checked);
-  else if (one && !String(getSelection())) edit(one);
-};
-const clicks = {
-  new: () => edit(), delete: () => remove([user]), cancel: () => $("form").close(), leave,
-  all: () => choose([...rows.values()].map((tr) => tr.one), $("all").checked),
-  "bulk-csv": () => take("csv"), "bulk-ndjson": () => take("ndjson"), help: () => answer("keys"),
-  "bulk-delete": () => remove(chosen()), "bulk-clear": () => choose(chosen(), false),
-  "import-open": bring, "import-go": () => upload(false),
-};
-for (const id in clicks) $(id).onclick = clicks[id];
-$("menu").addEventListener("click", () => $("menu").hidePopover?.(), true); // first: focus goes back
-for (const button of document.querySelectorAll("[data-sort]"))
-  button.onclick = () => go({ sort: (sort === button.dataset.sort ? "-" : "") + button.dataset.sort });
-for (const [key, text] of shortcuts)
-  $("key-list").append(make("dt", {}, make("kbd", {}, key)), make("dd", {}, text));
 async function leave() { // a browser forgets its login when another fails; stop before it asks
   const headers = { Authorization: "Basic " + btoa("logout:") }, signal = AbortSignal.timeout(1000);
-  await fetch(home + "/api/user?limit=1", { headers, signal }).catch(() => 0);
-  clearTimeout(timer); stream?.close();
-  document.onvisibilitychange = onscroll = onpopstate = body.replaceChildren();
-  [pages, document.body.className] = [[], "out"];
-  note("You are signed out", "", "Sign in", () => location.reload());
+  await fetch(`${api}?limit=1`, { headers, signal }).catch(() => 0);
+  location.assign(`${home}/`);
 }
-search.onchange = () => (typing = false);
+document.onclick = ({ target }) => {
+  const tr = target.closest(".user"), button = target.closest("[data-act]");
+  target.closest("#menu")?.hidePopover(); // first: the focus goes back
+  if (button) acts[button.dataset.act](button);
+  else if (tr && target.matches("input")) choose([tr.user], target.checked);
+  else if (tr && !String(getSelection())) edit(tr.user);
+};
+document.onkeydown = (event) => { // keys act where no text is typed; the menu shows them
+  const button = document.querySelector(`[aria-keyshortcuts="${CSS.escape(event.key)}"]`);
+  const busy = event.target === search || document.querySelector("dialog[open], :popover-open");
+  if (!button || busy || event.ctrlKey || event.metaKey || event.altKey) return;
+  event.preventDefault();
+  button.click();
+};
+document.ondragover = document.ondrop = (event) => {
+  if (!event.dataTransfer.types.includes("Files")) return;
+  event.preventDefault();
+  if (!document.querySelector("dialog[open]")) bring();
+  if (event.type === "dragover" || !$("import").open) return;
+  $("file").files = event.dataTransfer.files;
+  upload(true);
+};
 search.oninput = () => {
-  clearTimeout(search.timer); // a search is one step of the history, its letters are not
-  search.timer = setTimeout(() => (go({ q: search.value.trim() }, typing), (typing = true)), 150);
+  clearTimeout(search.timer);
+  search.timer = setTimeout(() => go("q", search.value), 150);
 };
-$("form").onsubmit = (event) => {
-  const item = event.preventDefault() || values(); save(item, changes(item));
-};
-$("form").onclose = () => { // what was dropped can be had back
-  const item = values(), one = user;
-  if (!same(item, start)) say(["Changes dropped"], () => edit(one, item));
-};
-$("file").onchange = () => check($("file").files[0]);
-$("conflict").onchange = () => check(file); $("docs").href = home + "/docs";
-$("leave").hidden = data.actor === null;
-document.body.classList.toggle("reader", data.write === false);
-document.onvisibilitychange = follow; onscroll = () => requestAnimationFrame(layout);
-onpopstate = restart; restart(); follow();
+$("form").onsubmit = (event) => save(event.preventDefault());
+$("file").onchange = $("conflict").onchange = () => upload(true);
+onscroll = () => requestAnimationFrame(() => list());
+onpopstate = restart;
+restart();
+follow();
 """  # noqa: E501
 
 PAGE_HTML = r"""
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Users</title>
-<meta name="description" content="The users of this server: find, add, edit, import, export">
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>"><style>$STYLE</style></head>
-<body><header class="bar"><h1>Users</h1> <span id="count" role="status"></span>
-  <input id="search" type="search" placeholder="Search name or mail" aria-label="Search" autocomplete="off">
-  <button id="more" popovertarget="menu" aria-label="More">···</button>
-  <button id="new" class="primary write">New user</button></header>
-<nav id="menu" popover aria-label="More"><button id="import-open" class="write">Import…</button>
-  <a id="csv" download="users.csv">Export as CSV</a> <a id="ndjson" download="users.ndjson">Export as NDJSON</a>
-  <button id="help">Keyboard shortcuts</button> <a id="docs">API reference</a> <button id="leave">Log out</button></nav>
-<main><noscript><p>This page needs JavaScript. Without it: <code>curl …/api/user</code></p></noscript>
+<header><h1>Users</h1> <span id="count" role="status"></span>
+  <label aria-keyshortcuts="/"><input id="search" type="search" autocomplete="off"
+    placeholder="Search name or mail" aria-label="Search"></label>
+  <button id="more" popovertarget="menu" aria-keyshortcuts="?" aria-label="More">···</button>
+  <button id="new" class="primary write" data-act="create" aria-keyshortcuts="n">New user</button>
+</header>
+<nav id="menu" popover aria-label="More">
+  <button class="write" data-act="bring" aria-keyshortcuts="i" autofocus>Import…</button>
+  <a data-format="csv" download="users.csv">Export as CSV</a>
+  <a data-format="ndjson" download="users.ndjson">Export as NDJSON</a>
+  <a href="$prefix/docs">API reference</a>
+  <button id="leave" data-act="leave">Log out</button>
+  <p>Keys, where no text is typed: <kbd>/</kbd> search, <kbd>n</kbd> new user, <kbd>i</kbd>
+    import, <kbd>u</kbd> undo, <kbd>Esc</kbd> unselect, <kbd>?</kbd> this menu</p>
+</nav>
+<main>
+  <noscript><p>This page needs JavaScript. Without it: <code>curl …/api/user</code></p></noscript>
   <table id="list" role="table" aria-label="Users"><thead role="rowgroup"><tr role="row">
-    <th role="columnheader"><input type="checkbox" id="all" aria-label="Select all shown">
-    <th role="columnheader" scope="col"><button data-sort="name">Name</button>
-    <th role="columnheader" scope="col"><button data-sort="mail">Mail</button>
-    <th role="columnheader" scope="col">Phone<th role="columnheader" scope="col">City
-    <th role="columnheader" scope="col"><button data-sort="updated">Changed</button>
-  </thead><tbody id="rows" role="rowgroup"></tbody></table><section id="state" role="status"></section></main>
+    <th role="columnheader"><input id="all" type="checkbox" data-act="all" aria-label="Select all">
+    <th role="columnheader"><button data-act="sort" value="name">Name</button>
+    <th role="columnheader"><button data-act="sort" value="mail">Mail</button>
+    <th role="columnheader">Phone<th role="columnheader">City
+  </thead><tbody id="rows" role="rowgroup"></tbody></table>
+  <section id="state" role="status"><p id="note"></p><button id="remedy"></button></section>
+</main>
 <section id="bulk" aria-label="Selected users" hidden><b id="chosen" role="status"></b>
-  <button id="bulk-csv">CSV</button> <button id="bulk-ndjson">NDJSON</button>
-  <button id="bulk-delete" class="danger write">Delete…</button>
-  <button id="bulk-clear" aria-label="Unselect all">×</button></section>
-<div id="toast" role="status"></div>
-<dialog id="form" aria-labelledby="form-title"><form novalidate><h2 id="form-title" dir="auto"></h2>
-  <div id="fields"></div><p id="form-error" class="error" role="alert"></p><p id="about"></p>
-  <footer><button type="button" id="delete" class="danger write">Delete…</button>
-    <button type="button" id="cancel">Cancel</button> <button class="primary write">Save</button></footer></form></dialog>
-<dialog id="clash" aria-labelledby="clash-title"><form method="dialog">
-  <h2 id="clash-title">Someone else saved first</h2><p>Nothing is lost. Choose what shall stay:</p>
-  <table><thead><tr><td><th scope="col">Yours<th scope="col">Theirs</thead><tbody id="versions"></tbody></table>
-  <footer><button>Back to the form</button> <button value="save" class="primary">Save the chosen</button></footer></form></dialog>
-<dialog id="import" aria-labelledby="import-title"><form method="dialog"><h2 id="import-title">Import users</h2>
-  <label class="drop"><b>Drop a CSV or NDJSON file here</b>, or click to choose one
-    <input type="file" id="file" accept=".csv,.ndjson,.jsonl,.json"></label>
-  <label class="field">When an id is taken<select id="conflict"><option value="fail">refuse the file
-    <option value="skip">keep the user that is here<option value="replace">take the file's user</select></label>
-  <progress id="progress" aria-label="Progress" hidden></progress><div id="report" role="status" tabindex="0"></div>
-  <footer><button>Close</button> <button type="button" id="import-go" class="primary" disabled>Import</button></footer>
+  <a data-format="csv" download="users.csv">CSV</a>
+  <a data-format="ndjson" download="users.ndjson">NDJSON</a>
+  <button class="danger write" data-act="remove">Delete…</button>
+  <button data-act="unselect" aria-keyshortcuts="Escape" aria-label="Unselect all">×</button>
+</section>
+<div id="toast" role="status"><span id="said"></span>
+  <button id="undo" data-act="undo" aria-keyshortcuts="u">Undo</button></div>
+<dialog id="form" aria-labelledby="form-title"><form novalidate>
+  <h2 id="form-title" dir="auto"></h2>
+  <div id="versions"><div id="fields"></div><fieldset id="other" disabled></fieldset></div>
+  <footer><p id="form-error" class="error" role="alert"></p>
+    <button id="delete" type="button" class="danger write" data-act="delete">Delete…</button>
+    <button type="button" data-act="close">Cancel</button>
+    <button id="theirs" type="button" data-act="theirs">Take theirs</button>
+    <button class="primary write">Save</button></footer>
 </form></dialog>
-<dialog id="ask" aria-labelledby="ask-title"><form method="dialog"><h2 id="ask-title"></h2><p id="ask-text"></p>
-  <footer><button>Cancel</button> <button value="yes" class="danger">Delete</button></footer></form></dialog>
-<dialog id="keys" aria-labelledby="keys-title"><form method="dialog"><h2 id="keys-title">Keyboard shortcuts</h2>
-  <dl id="key-list"></dl><label><input type="checkbox" id="keys-on" checked> Use the single keys</label>
-  <footer><button>Close</button></footer></form></dialog>
-<script type="application/json" id="data">$DATA</script><script>$SCRIPT</script></body></html>
-"""  # noqa: E501
-
-DOCS_STYLE = r"""
-.docs { display: grid; grid-template-columns: 16rem minmax(0, 1fr); gap: 3rem; }
-.docs > nav { position: sticky; top: 0; height: 100dvh; overflow: auto;
-  padding: 2rem 0.25rem; font-size: 0.8125rem; }
-.docs > nav a { display: block; color: inherit; text-decoration: none;
-  padding: 0.1875rem 0; }
-.docs > main { padding: 2rem 0; } .docs h1 { font-size: 1.5rem; }
-.op { padding: 1.5rem 0; border-top: var(--card); }
-.op :is(td, th) { padding: 0.25rem 1rem 0.25rem 0; text-align: start;
-  vertical-align: top; font-weight: 400; }
-.op td:nth-child(2) { white-space: nowrap; }
-code, pre, output, textarea, .method { font: 0.8125rem/1.6 ui-monospace, monospace;
-  white-space: pre-wrap; }
-.op h2 > * { font-size: 1rem; }
-.method, summary { color: var(--accent); font-weight: 600; }
-summary { cursor: pointer; padding: 0.5rem 0; }
-pre, output:not(:empty), textarea { display: block; width: 100%;
-  padding: 0.75rem 1rem; margin: 0.5rem 0; background: var(--top); color: var(--ink);
-  border: 1px solid var(--edge); border-radius: 8px; }
-textarea { min-height: 8rem; }
-@media (max-width: 60rem) { .docs { display: block; } .docs > nav { position: static;
-  height: 14rem; border-bottom: var(--card); } }
-"""
-
-DOCS_SCRIPT = r"""
-"use strict";
-async function send(form) {
-  const { method, path } = form.dataset, query = new URLSearchParams(), headers = {};
-  let url = path;
-  for (const { name, value, dataset } of form.querySelectorAll("input[name]")) {
-    const slot = `{${name}}`;
-    if (url.includes(slot)) url = url.replace(slot, () => encodeURIComponent(value));
-    else if (value && dataset.in === "header") headers[name] = value;
-    else if (value) query.append(name, value);
-  }
-  const area = form.querySelector("textarea"), body = area?.value || undefined;
-  if (body) headers["Content-Type"] = area.dataset.type || "application/json";
-  if (query.size) url += "?" + query;
-  const got = await fetch(location.origin + url, { method, headers, body });
-  const head = [...got.headers].map(([name, value]) => `${name}: ${value}`).join("\n");
-  const text = (await got.text()).slice(0, 20000); // a list may be long
-  return `${got.status} ${got.statusText}\n${head}\n\n${text}`;
-}
-for (const form of document.querySelectorAll("form.try"))
-  form.onsubmit = async (event) => {
-    event.preventDefault();
-    const shown = await send(form).catch(() => "The server did not answer.");
-    form.querySelector("output").textContent = shown;
-  };
-for (const pre of document.querySelectorAll("pre.curl")) {
-  const copy = Object.assign(document.createElement("button"), { textContent: "Copy" });
-  copy.onclick = () => document.execCommand("copy", getSelection().selectAllChildren(pre));
-  pre.after(copy);
-}
+<dialog id="import" aria-labelledby="import-title"><form method="dialog">
+  <h2 id="import-title">Import users</h2>
+  <label class="field drop">Drop a CSV or NDJSON file here, or choose one
+    <input id="file" type="file" accept=".csv,.ndjson,.jsonl,.json"></label>
+  <label class="field">When an id is taken<select id="conflict">
+    <option value="fail">refuse the file<option value="skip">keep the user that is here
+    <option value="replace">take the file's user</select></label>
+  <progress id="progress" aria-label="Progress" hidden></progress><output id="report"></output>
+  <footer><button>Close</button>
+    <button id="upload" type="button" class="primary" data-act="upload">Import</button></footer>
+</form></dialog>
+<dialog id="ask" aria-labelledby="ask-title"><form method="dialog"><h2 id="ask-title"></h2>
+  <footer><button>Cancel</button> <button class="danger" data-act="erase">Delete</button></footer>
+</form></dialog>
+<template id="row"><tr class="user" role="row">
+  <td role="cell"><input type="checkbox"><td role="cell"><button dir="auto"></button>
+  <td role="cell" dir="auto"><td role="cell" dir="auto"><td role="cell" dir="auto"></template>
+$sheets
 """  # noqa: E501
 
 
@@ -5192,126 +5061,196 @@ def hash_source(text: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-def html_policy(style: str, script: str) -> str:
-    """The Content-Security-Policy of a page with this style and this script."""
-    return (
+def html_document(style: str, script: str, **parts: str) -> tuple[str, str]:
+    """A document and its Content-Security-Policy: this style and script, no others."""
+    policy = (
         f"default-src 'none'; style-src {hash_source(style)};"
         f" script-src {hash_source(script)}; connect-src 'self'; img-src data:;"
         " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
+    document = string.Template(HTML_DOCUMENT.lstrip())
+    return document.substitute(parts, style=style, script=script), policy
 
 
-def script_data(data: Item) -> str:
-    """JSON that can stand in a script element: nothing in it ends the element."""
-    text = json.dumps(data).replace("&", "\\u0026")
-    return text.replace("<", "\\u003c").replace(">", "\\u003e")
+FORM_FIELD = (
+    '<label class="field">{title}<input name="{name}" type="{kind}" dir="auto"'
+    ' autocomplete="off"><small class="error"></small></label>'
+)
+FORM_LIST = (
+    '<fieldset name="{name}"><legend>{title}</legend><small class="error"></small>'
+    '<button type="button" data-act="add">Add {name}</button></fieldset>'
+)
+FORM_SHEET = '<template id="{name}"><div class="item">{inner}</div></template>'
+FORM_ROW = (
+    '<label hidden><input name="id" type="number"></label>{inner}<small class="error">'
+    '</small><button type="button" data-act="drop" aria-label="Remove this {name}">×'
+    "</button>"
+)
 
 
-def form_fields(shape: Shape) -> list[Item]:
-    """What the page's form has to know of the fields of a shape."""
-    return [
-        {
-            "name": field.name,
-            "title": field.title,
-            "type": "list" if field.rows else field.schema["type"],
-            "required": field.required,
-            "readOnly": field.read_only or field.name == "id",
-            "maxLength": field.schema.get("maxLength"),
-            "inputType": field.input,
-        }
-        for field in shape.fields
-    ]
+def form_sheet(shape: Shape) -> str:
+    """The template of a form for what has this shape."""
+    inner = ""
+    for field in shape.fields:
+        if not field.read_only and field.name != "id":
+            part = FORM_LIST if field.rows else FORM_FIELD
+            kind = "number" if field.schema["type"] == "integer" else field.input
+            inner += part.format(name=field.name, title=field.title, kind=kind)
+    if shape is not USER:
+        inner = FORM_ROW.format(name=shape.name, inner=inner)
+    return FORM_SHEET.format(name=shape.name, inner=inner)
 
 
-def page(prefix: str, **data: Any) -> tuple[str, str]:
-    """The admin page and its policy; `data` is what it starts with."""
-    fields = {shape.name: form_fields(shape) for shape in (USER, *SHAPES.values())}
-    data.update(base=prefix, fields=fields, version=__version__)
-    text = PAGE_HTML.replace("$STYLE", PAGE_STYLE).replace("$SCRIPT", PAGE_SCRIPT)
-    return text.replace("$DATA", script_data(data)).lstrip(), html_policy(
-        PAGE_STYLE, PAGE_SCRIPT
+def page(prefix: str, seq: int, actor: str | None, write: bool) -> tuple[str, str]:
+    """The admin page and its policy."""
+    path, sheets = html.escape(prefix), map(form_sheet, (USER, *SHAPES.values()))
+    kinds = "open" * (actor is None) + " reader" * (not write)
+    body = string.Template(PAGE_HTML).substitute(prefix=path, sheets="".join(sheets))
+    return html_document(
+        PAGE_STYLE,
+        PAGE_SCRIPT,
+        title="Users",
+        about="The users of this server: find, add, edit, import, export",
+        attributes=f'data-base="{path}" data-seq="{seq}" class="{kinds}"',
+        body=body,
     )
 
 
+DOCS_STYLE = r"""
+body { display: grid; grid-template-columns: 16rem minmax(0, 1fr); gap: 3rem; }
+nav { position: sticky; top: 0; height: 100dvh; overflow: auto; padding: 2rem 0.25rem; }
+nav a { display: block; color: inherit; font-size: 0.8125rem; text-decoration: none; }
+main { padding: 2rem 0; }
+h1 { font-size: 1.5rem; }
+article { padding: 1.5rem 0; border-top: 1px solid var(--line); }
+td { padding: 0.25rem 1rem 0.25rem 0; vertical-align: top; }
+code, pre, output, textarea, b { font: 0.8125rem/1.6 ui-monospace, monospace; }
+b, summary { color: var(--accent); font-weight: 600; cursor: pointer; }
+pre, output, textarea {
+  display: block; width: 100%; margin: 0.5rem 0; padding: 0.75rem 1rem;
+  border: 1px solid var(--edge); border-radius: 8px; background: var(--top);
+  color: inherit; white-space: pre-wrap;
+}
+textarea { min-height: 8rem; }
+@media (max-width: 60rem) {
+  body { display: block; }
+  nav { position: static; height: 14rem; border-bottom: 1px solid var(--line); }
+}
+"""
+
+DOCS_SCRIPT = r"""
+"use strict";
+async function send(form) {
+  const { method, path } = form.dataset, query = new URLSearchParams(), headers = {};
+  const area = form.querySelector("textarea");
+  let url = location.origin + path;
+  for (const { name, value, dataset } of form.querySelectorAll("input")) {
+    if (dataset.in === "path")
+      url = url.replace(`{${name}}`, encodeURIComponent(value));
+    else if (value && dataset.in === "header") headers[name] = value;
+    else if (value) query.append(name, value);
+  }
+  if (area) headers["Content-Type"] = "application/json";
+  const got = await fetch(`${url}?${query}`, { method, headers, body: area?.value });
+  const head = [...got.headers].map(([name, value]) => `${name}: ${value}`).join("\n");
+  const text = (await got.text()).slice(0, 20000); // a list may be long
+  return `${got.status} ${got.statusText}\n${head}\n\n${text}`;
+}
+document.onsubmit = async (event) => {
+  event.preventDefault();
+  const output = event.target.querySelector("output");
+  output.value = await send(event.target).catch(() => "The server did not answer.");
+};
+document.onclick = ({ target }) => {
+  const curl = target.closest(".copy")?.previousElementSibling;
+  if (curl) document.execCommand("copy", getSelection().selectAllChildren(curl));
+};
+"""
+
 DOCS_HTML = r"""
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>API reference</title>
-<meta name="description" content="Every operation of this server's API, to read and to try">
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>"><style>$STYLE</style></head>
-<body class="docs"><nav aria-label="Operations"><a href="$PREFIX/">← Users</a><a href="$PREFIX/openapi.json">OpenAPI</a>
-<a href="$PREFIX/postman.json">Postman</a>$LINKS</nav>
-<main><h1>API reference</h1>
-<p>Paths under <code>/api/v2</code> are given; the same ones under <code>/api/v1</code>, or <code>/api</code> alone, show v1's
-members.</p>$ARTICLES</main><script>$SCRIPT</script></body></html>
-"""  # noqa: E501
-DOCS_ARTICLE = r"""
-<article class="op" id="{id}"><h2><span class="method">{method}</span> <code>{path}</code></h2><p>{summary}</p>
-<table>{parameters}</table><p>Answers {answers}</p><pre class="curl">{curl}</pre><details><summary>Try it</summary>
-<form class="try" data-method="{method}" data-path="{prefix}{path}">{inputs}{body}
-<button class="primary">Send</button><output></output></form></details></article>
-"""  # noqa: E501
+<nav aria-label="Operations">
+  <a href="$prefix/">← Users</a>
+  <a href="$prefix/openapi.json">OpenAPI</a>
+  <a href="$prefix/postman.json">Postman</a>
+  $links
+</nav>
+<main>
+  <h1>API reference</h1>
+  <p>Paths under <code>/api/v2</code> are given; the same ones under
+    <code>/api/v1</code>, or <code>/api</code> alone, show v1's members.</p>
+  $articles
+</main>
+"""
+DOCS_LINK = '<a href="#{id}"><b>{method}</b> {path}</a>\n'
+DOCS_ROW = "<tr><td><code>{name}</code><td>{in}<td>{description}"
+DOCS_INPUT = """<label class="field">{name}<input name="{name}" data-in="{in}"
+ value="{example}"></label>"""
+DOCS_BODY = '<label class="field">Body<textarea>{}</textarea></label>'
+DOCS_ARTICLE = """
+<article id="{id}">
+  <h2><b>{method}</b> <code>{path}</code></h2>
+  <p>{summary}</p>
+  <table>{rows}</table>
+  <p>Answers {answers}</p>
+  <pre>{curl}</pre><button class="copy">Copy</button>
+  <details><summary>Try it</summary>
+    <form data-method="{method}" data-path="{prefix}{path}">
+      {inputs}{body}<button class="primary">Send</button><output></output>
+    </form>
+  </details>
+</article>
+"""
 
 
 def reference(prefix: str) -> tuple[str, str]:
     """The reference for people and its policy: the OpenAPI document as a page."""
-    found = openapi(prefix)
-    described = [
-        describe_operation(prefix, method.upper(), path, told, found)
-        for path, methods in found["paths"].items()
+    values = [
+        operation_values(prefix, method.upper(), path, told)
+        for path, methods in openapi(prefix)["paths"].items()
         if not re.match("/api/(?!v2/)", path)
         for method, told in methods.items()
     ]
-    text = DOCS_HTML.replace("$STYLE", PAGE_STYLE + DOCS_STYLE)
-    text = text.replace("$PREFIX", html.escape(prefix)).replace("$SCRIPT", DOCS_SCRIPT)
-    text = text.replace("$LINKS", "".join(link for link, _ in described))
-    text = text.replace("$ARTICLES", "".join(article for _, article in described))
-    return text.lstrip(), html_policy(PAGE_STYLE + DOCS_STYLE, DOCS_SCRIPT)
+    return html_document(
+        PAGE_STYLE + DOCS_STYLE,
+        DOCS_SCRIPT,
+        title="API reference",
+        about="Every operation of this server's API, to read and to try",
+        attributes="",
+        body=string.Template(DOCS_HTML).substitute(
+            prefix=html.escape(prefix),
+            links="".join(DOCS_LINK.format_map(each) for each in values),
+            articles="".join(DOCS_ARTICLE.format_map(each) for each in values),
+        ),
+    )
 
 
-def describe_operation(
-    prefix: str, method: str, path: str, told: Item, found: Item
-) -> tuple[str, str]:
-    """The link to an operation and its article."""
+def operation_values(prefix: str, method: str, path: str, told: Item) -> Item:
+    """What an operation's article shows, by name, as HTML."""
     show = html.escape
-    rows, inputs, body, curl = "", "", "", f"curl -X {method} http://127.0.0.1:8080"
-    for each in told.get("parameters", ()):
-        name, where = show(each["name"]), each["in"]
-        about = show(each.get("description", ""))
-        rows += f"<tr><td><code>{name}</code><td>{where}<td>{about}"
-        value = show(str(each.get("example", ""))) if where == "path" else ""
-        inputs += f'<label class="field">{name}<input name="{name}" data-in="{where}"'
-        inputs += f' value="{value}"></label>'
-    content = told.get("requestBody", {}).get("content", {})
-    for media, sent in content.items():
-        text = json.dumps(sent.get("example"), ensure_ascii=False)
-        if media == JSON and not body:
-            pretty = show(json.dumps(sent["example"], indent=2, ensure_ascii=False))
-            body = '<label class="field">Body<textarea name="body" data-type="'
-            body += f'{media}">{pretty}</textarea></label>'
-            curl += f"{prefix}{path} -H 'Content-Type: {media}' -d '{text}'"
-    values = {"method": method, "path": show(path), "prefix": show(prefix)}
-    values.update(id=told["operationId"], summary=show(told.get("summary", "")))
-    curl = curl if body else f"{curl}{prefix}{path}"
-    answers = ", ".join(
-        f"{status} {show(answer_title(answer, found))}"
-        for status, answer in told["responses"].items()
-    )
-    article = DOCS_ARTICLE.format(
-        parameters=rows,
-        inputs=inputs,
-        body=body,
-        curl=show(curl),
-        answers=answers,
-        **values,
-    )
-    link = '<a href="#{id}"><span class="method">{method}</span> {path}</a>'
-    return link.format(**values), article
-
-
-def answer_title(answer: Item, found: Item) -> str:
-    name = answer.get("$ref", "").rpartition("/")[2]
-    told = found["components"]["responses"][name] if name else answer
-    return str(told["description"]).partition(":")[0]
+    curl = f"curl -X {method} http://127.0.0.1:8080{prefix}{path}"
+    rows, inputs, body = "", "", ""
+    for each in told["parameters"]:
+        shown = {name: show(str(value)) for name, value in each.items()}
+        rows += DOCS_ROW.format_map(shown)
+        inputs += DOCS_INPUT.format_map({"example": "", **shown})
+    if "requestBody" in told:
+        sent = told["requestBody"]["content"][JSON]["example"]
+        pretty = json.dumps(sent, indent=2, ensure_ascii=False)
+        body = DOCS_BODY.format(show(pretty))
+        text = json.dumps(sent, ensure_ascii=False)
+        curl += f" -H 'Content-Type: {JSON}' -d '{text}'"
+    return {
+        "id": told["operationId"],
+        "method": method,
+        "path": show(path),
+        "prefix": show(prefix),
+        "summary": show(told["summary"]),
+        "rows": rows,
+        "inputs": inputs,
+        "body": body,
+        "curl": show(curl),
+        "answers": ", ".join(STATUS[int(status)] for status in told["responses"]),
+    }
 
 
 # ── Server ────────────────────────────────────────────────────────────────────────
