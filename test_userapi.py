@@ -1039,8 +1039,8 @@ def ndjson_text(items: list[Any]) -> str:
 
 def csv_text(items: list[Any]) -> str:
     buffer = io.StringIO(newline="")
-    rows = [[csv_cell(item["name"]), csv_cell(item["mail"])] for item in items]
-    csv.writer(buffer).writerows([["name", "mail"], *rows])
+    rows = [[csv_cell(str(value)) for value in item.values()] for item in items]
+    csv.writer(buffer).writerows([list(items[0]), *rows])
     return buffer.getvalue()
 
 
@@ -1846,6 +1846,8 @@ def test_unique_mail(connect):
         Row("", 409, {"errors": [{"line": 2}]}),
     )
     assert [user["version"] for user in client.users()] == [1, 1, 1, 1]
+    named = {"items": [{"id": 2, "name": "A"}, {"id": 3, "name": "A"}]}
+    assert client("PATCH /api/user", named).status_int == 200
     assert client("PUT /api/user/1", {"item": {**taken}}).status_int == 200
     assert client("POST /api/user", {"item": GRACE}).status_int == 201
     assert client("DELETE /api/user/1").status_int == 200
@@ -1894,7 +1896,9 @@ STORE_REFUSALS = [
     (lambda store: store.create_users([BAD, GRACE]), 422),
     (lambda store: store.create_users([{**GRACE, "name": "a\ud800b"}]), 422),
     (
-        lambda store: store.create_users([{**GRACE, "phone": [{"label": "\ud800"}]}]),
+        lambda store: store.create_users(
+            [{**GRACE, "phone": [{**MOBILE, "label": "\ud800"}]}]
+        ),
         422,
     ),
     (
@@ -2658,6 +2662,14 @@ def test_the_id_after_the_last_is_a_409(client):
     assert client("POST /api/user", "name,mail\nA,a@b\n", csv_type).status_int == 409
     assert client("DELETE /api/user/1").status_int == 200
     assert client("POST /api/user", {"item": {"id": 1, **GRACE}}).status_int == 201
+
+
+def test_the_last_id_of_all_may_be_counted(client):
+    before_it = {"item": {"id": MAX_ID - 1, **GRACE}}
+    assert client("POST /api/user", before_it).status_int == 201
+    made = client("POST /api/user", {"item": GRACE})
+    assert made.json["results"] == [{"id": MAX_ID, **GRACE}]
+    assert client("POST /api/user", {"item": GRACE}).status_int == 409
 
 
 def test_a_bulk_may_mix_ids_given_and_counted(client):
@@ -3459,6 +3471,18 @@ def test_an_import_names_all_bad_lines_up_to_a_hundred(play):
     answer = play(csv_in("name,mail\n" + (good + bad) * 250, 422))
     assert answer.json["total"] == 250
     assert [error["line"] for error in answer.json["errors"]] == list(range(3, 203, 2))
+
+
+@pytest.mark.parametrize("write", [csv_text, ndjson_text])
+def test_an_id_stands_twice_however_far_apart(client, write):
+    """Far enough for it to be read and checked with others."""
+    ids = [*range(2001, 4101), 2001, 4100, 3000, 4101, 4101]
+    text = write([{"id": id, **GRACE} for id in ids])
+    media = "text/csv" if write is csv_text else NDJSON
+    answer = client("POST /api/user", text, {AS: media})
+    first = 2 if write is csv_text else 1
+    twice = lines(*(first + place for place in (2100, 2101, 2102, 2104)))
+    check(answer, Row("", 422, twice))
 
 
 def test_an_import_keeps_what_it_should(client):

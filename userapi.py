@@ -1199,7 +1199,7 @@ class Store:
         where = ":memory:"
         if not self.memory:
             where = f"{pathlib.Path(self.path).absolute().as_uri()}?{mode}"
-        db = sqlite3.connect(
+        db = sqlite3.connect(  # whose timeout is SQLite's busy_timeout in seconds
             where, timeout=5, uri=True, isolation_level=None, check_same_thread=False
         )
         db.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
@@ -1209,7 +1209,6 @@ class Store:
         """A connection with the pragmas that DESIGN has reasons for."""
         mode = "immutable=1" if self.immutable else "mode=ro"
         db = self._open(mode if self.read_only else "mode=rwc")
-        db.execute("PRAGMA busy_timeout = 5000")
         if not self.read_only and not self.memory:
             (journal,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
             self.wal = journal == "wal"
