@@ -4166,8 +4166,8 @@ def has_surrogates(text: str) -> bool:
 
 #: statuses that any operation can answer, beside those that follow from what it is
 ANYWHERE = (400, 403, 406, 408, 414, 417, 431, 500, 501, 503, 505)
-PROBLEM_HEADERS = {401: "WWW-Authenticate", 405: "Allow", 415: "Accept"}
-PROBLEM_HEADERS.update(dict.fromkeys((429, 503, 507), "Retry-After"))
+PROBLEM_HEADERS = {401: ["WWW-Authenticate"], 405: ["Allow"], 415: ["Accept"]}
+PROBLEM_HEADERS.update(dict.fromkeys((429, 503, 507), ["Retry-After"]))
 #: no parameter: no schema can say that a key goes with one body and without dry_run
 IDEMPOTENCY_KEY = (
     " With a header Idempotency-Key (1 to 255 visible ASCII characters) a request is"
@@ -4193,10 +4193,10 @@ GIVEN = {"$ref": "#/x-given"}
 def given(schema: Item, *, made_up: Item, **other: Any) -> Item:
     """The schema of a value that is given, by an answer or by whoever knows.
 
-    This is the one thing that is here for a tool: Schemathesis makes values up, and no
-    schema says what goes well of a cursor, an ETag, CSV, or ids that must differ. `if`
-    says what it may make up; `else` is true of every other value, but has none to draw:
-    readOnly, or a pattern of ECMA-262 that Python does not have.
+    The one thing here that is for a tool: Schemathesis makes values up, and no schema
+    says which cursor, ETag, name or CSV goes well, nor that ids differ. `if` says what
+    it may make up; `else` is true of every other value, but lets it make up none: it
+    draws no text by a pattern of ECMA-262 that Python lacks, and sends no readOnly.
     """
     return {**schema, "if": made_up, "else": other or GIVEN}
 
@@ -4210,9 +4210,9 @@ NARROWED: dict[tuple[str, str], Item] = {
 }
 #: (description, schema) of the headers that operations read
 REQUEST_HEADERS = {
-    "If-Match": ("ETags of the user; else 412.", given(TEXT, made_up={"const": "*"})),
-    "If-None-Match": ("The ETag of what is known; then 304.", TEXT),
-    "Last-Event-ID": ("Where the event stream goes on.", PARAMS["since"].schema),
+    "If-Match": ("The user's ETag; else a 412.", given(TEXT, made_up={"const": "*"})),
+    "If-None-Match": ("The ETag that is known; then a 304.", TEXT),
+    "Last-Event-ID": ("The seq of the last event had.", PARAMS["since"].schema),
 }
 
 
@@ -4297,47 +4297,50 @@ class Form(NamedTuple):
         # of a user, the parameter `fields` may leave out any
         return {**schema, "required": []} if self.shape is USER else schema
 
-    def items(self, how: str, **more: Any) -> Item:
+    def items(self, item: Item, **more: Any) -> Item:
         """A list that is sent; no two of its items have the same id."""
-        schema = {"type": "array", "items": ref(self.name(how)), **more}
-        other = {"properties": {"id": GIVEN}}
+        other = {"properties": {"id": {"readOnly": True}}}
+        schema = {"type": "array", "items": item, **more}
         return given(schema, made_up={"maxItems": 1}, items=other)
 
-    def schema(self, how: str) -> Item:
-        """An item as it is sent."""
-        merge, properties, required = how.startswith("Merge"), {}, []
+    def sent(self, merge: bool) -> Item:
+        """The schema of an item as it is sent."""
+        properties, required, made_up = {}, [], Item()
         for field in self.fields():
-            id, schema = field.name == "id", {"title": field.title, **field.schema}
+            schema = {"title": field.title, **field.schema}
             if field.rows:
                 rows = Form(SHAPES[field.rows], self.view)
-                schema = rows.items("Create", **schema)
+                schema = rows.items(ref(rows.name("Item")), **schema)
             elif field.clean:  # what there is beside its schema is no pattern
-                schema = given(schema, made_up={"pattern": "^[!-~][ -~¡-¬®-ɏ]*$"})
-            if field.read_only or id and how in ("Replace", "Merge"):
-                schema["readOnly"] = True  # the id of a single item is the URI's
-            elif id and how.endswith("Each") or field.required and not merge:
+                made_up[field.name] = {"pattern": "^[!-~][ -~¡-¬®-ɏ]*$"}
+            elif merge and field.name in self.shape.one_of:  # the other may be empty
+                made_up[field.name] = {**TEXT, "minLength": 1}
+            if field.read_only:
+                schema["readOnly"] = True
+            elif field.required and not merge:
                 required.append(field.name)
-            elif merge and not field.required:
+            elif merge and not field.required and field.name != "id":
                 schema["type"] = [schema["type"], "null"]
             properties[field.name] = schema
-        return {**closed(properties, required), **self.one_of(merge)}
-
-    def one_of(self, merge: bool) -> Item:
-        """That some members are not all empty; a merge may rely on what is there."""
-        names = self.shape.one_of
-        if not merge:
-            empty = {"properties": dict.fromkeys(names, {"maxLength": 0})}
-            return {"not": empty} if names else {}
-        filled = {"properties": dict.fromkeys(names, {**TEXT, "minLength": 1})}
-        others = dict.fromkeys(names, GIVEN)
-        return given({}, made_up=filled, properties=others) if names else {}
+        schema = closed(properties, required)
+        if self.shape.one_of and not merge:
+            empty = dict.fromkeys(self.shape.one_of, {"maxLength": 0})
+            schema["not"] = {"properties": empty}
+        other = dict.fromkeys(made_up, {"readOnly": True})
+        made_up = {"properties": made_up}
+        return given(schema, made_up=made_up, properties=other) if other else schema
 
     def body(self, how: str) -> Item:
         """What is sent in JSON: an item, a list of items, or either."""
-        kinds = {"item": ref(self.name(how)), "items": self.items(how, minItems=1)}
-        if how != "Create":
-            del kinds["item" if how.endswith("Each") else "items"]
-        return {**closed(kinds), "minProperties": 1, "maxProperties": 1}
+        item = ref(self.name("Merge" if how.startswith("Merge") else "Item"))
+        if how == "Create":
+            either = {"item": item, "items": self.items(item, minItems=1)}
+            return {**closed(either), "minProperties": 1, "maxProperties": 1}
+        if how.endswith("Each"):
+            items = self.items({**item, "required": ["id"]}, minItems=1)
+            return closed({"items": items}, ["items"])
+        item["properties"] = {"id": {"readOnly": True}}  # it is the URI's
+        return closed({"item": item}, ["item"])
 
 
 def schemas() -> Item:
@@ -4348,8 +4351,9 @@ def schemas() -> Item:
     found = {"Problem": {**problem, "additionalProperties": True}}
     for form in (Form(s, v) for s in (USER, *SHAPES.values()) for v in VIEWS):
         found[form.name()] = form.shown()
+        found[form.name("Item")] = form.sent(merge=False)
+        found[form.name("Merge")] = form.sent(merge=True)
         for how in HOWS:
-            found[form.name(how)] = form.schema(how)
             found[form.name(f"{how}Body")] = form.body(how)
     return found
 
@@ -4456,8 +4460,7 @@ def problem_response(status: int) -> Item:
     title, told = PROBLEMS[status]
     example = json.loads(Problem(status, told).body())
     content = {PROBLEM_JSON: {"schema": ref("Problem"), "example": example}}
-    names = [PROBLEM_HEADERS[status]] if status in PROBLEM_HEADERS else []
-    headers = {name: {"schema": TEXT} for name in names}
+    headers = {name: {"schema": TEXT} for name in PROBLEM_HEADERS.get(status, ())}
     return {"description": f"{title}: {told}.", "content": content, "headers": headers}
 
 
@@ -4480,7 +4483,7 @@ def openapi(prefix: str = "") -> Item:
         "components": {
             "schemas": schemas(), "responses": problems, "securitySchemes": schemes,
         },
-        "x-given": {"pattern": r"^\p{Any}*$", "readOnly": True},
+        "x-given": {"pattern": r"^\p{Any}*$"},
     }  # fmt: skip
 
 
@@ -4532,14 +4535,11 @@ def checks_of(told: Item) -> Item:
     """The test of a call: that it has the first of the answers that are told of it."""
     status, answer = next(iter(told["responses"].items()))
     media, content = next(iter(answer["content"].items()))
-    schema = content["schema"]
-    known = schema.get("properties", {}).items()
+    known = content["schema"].get("properties", {}).items()
     fixed = {name: each for name, each in known if "const" in each}
-    envelope = {"required": schema.get("required", []), "properties": fixed}
-    is_json = json.dumps(media == JSON)
-    return script(
-        "test", CHECKS % (status, status, media, is_json, json.dumps(envelope))
-    )
+    envelope = {"required": content["schema"].get("required", []), "properties": fixed}
+    values = status, status, media, json.dumps(media == JSON), json.dumps(envelope)
+    return script("test", CHECKS % values)
 
 
 def postman_call(method: str, path: str, told: Item, id: str = "{{user}}") -> Item:

@@ -344,6 +344,37 @@ def test_examples_are_true(path, method, told, url):
             assert form(json.loads(text)) == form(described["example"])
 
 
+ADA = {"name": "Ada", "mail": "ada@example.org"}
+BODIES = [
+    ({"item": ADA}, True),
+    ({"item": {**ADA, "name": "李小龍"}}, True),
+    ({"item": {**ADA, "name": ""}}, False),
+    ({"item": {**ADA, "nick": "A"}}, False),
+    ({"item": {**ADA, "version": 7}}, True),
+    ({"item": {"name": "Ada"}}, False),
+    ({"items": [{**ADA, "id": 10**9}, {**ADA, "id": 10**10}, ADA]}, True),
+    ({"items": []}, False),
+    ({"item": ADA, "items": [ADA]}, False),
+    ({}, False),
+    (
+        {"item": {**ADA, "phone": [{"number": "1-1-2"}, {"number": "112", "id": 4}]}},
+        True,
+    ),
+    ({"item": {**ADA, "phone": [{"number": "11"}]}}, False),
+    ({"item": {**ADA, "address": [{"city": "Kiel"}, {"street": "1"}]}}, True),
+    ({"item": {**ADA, "address": [{"street": "", "postcode": "24103"}]}}, False),
+]
+
+
+@pytest.mark.parametrize("body, good", BODIES)
+def test_the_schema_of_a_body_says_what_the_server_says(body, good, url):
+    schema = DOCUMENT["components"]["schemas"]["UserV2CreateBody"]
+    schema = {**schema, "components": DOCUMENT["components"]}
+    assert jsonschema.Draft202012Validator(schema).is_valid(body) == good
+    status, _ = send(f"{url}/api/v2/user?dry_run=true", "POST", body)
+    assert status == (201 if good else 422)
+
+
 @NAMED
 def test_the_reference_has_every_operation(path, method, told, url):
     """People read of v2 and of what has no version; the rest are the same URIs."""
@@ -378,20 +409,20 @@ from client.api.users import list_users_v2, merge_user_v2, replace_user_v2
 from client.api.users import get_user
 from client.api.phones import create_phone_v2
 from client.models import ListUsersV2FieldsItem as Member
-from client.models import UserV2Create, UserV2CreateBody, UserV2Merge, UserV2MergeBody
-from client.models import UserV2Replace, UserV2ReplaceBody, PhoneCreate, PhoneCreateBody
+from client.models import UserV2Item, UserV2CreateBody, UserV2ReplaceBody
+from client.models import UserV2Merge, UserV2MergeBody, PhoneItem, PhoneCreateBody
 
 client = Client(base_url=sys.argv[1], raise_on_unexpected_status=True)
-one = UserV2CreateBody(item=UserV2Create(name="Ada", mail="ada@example.org"))
+one = UserV2CreateBody(item=UserV2Item(name="Ada", mail="ada@example.org"))
 made = create_user_v2.sync(client=client, body=one)
 assert (made.code, made.message) == (0, "SUCCESS"), made
 id = made.results[0].id
 found = get_user_v2.sync(id, client=client).results[0]
 assert (found.name, found.mail, found.version) == ("Ada", "ada@example.org", 1), found
 assert found.created.tzinfo is not None
-number = PhoneCreateBody(item=PhoneCreate(number="112"))
+number = PhoneCreateBody(item=PhoneItem(number="112"))
 create_phone_v2.sync(id, client=client, body=number)
-item = UserV2Replace(name="Ada L.", mail="ada@example.com")
+item = UserV2Item(name="Ada L.", mail="ada@example.com")
 replace_user_v2.sync(id, client=client, body=UserV2ReplaceBody(item=item))
 merge = UserV2MergeBody(item=UserV2Merge(name="Ada Lovelace"))
 merge_user_v2.sync(id, client=client, body=merge)
@@ -541,10 +572,10 @@ def test_a_field_added_to_the_table_is_everywhere(flag, tmp_path):
         assert shown.keys() == {"id", "name", "mail"}
 
         schemas = json.loads(ask(f"{url}/openapi.json")[2])["components"]["schemas"]
-        for name in ("UserV2", "UserV2Create", "UserV2Replace", "UserV2Merge"):
+        for name in ("UserV2", "UserV2Item", "UserV2Merge"):
             assert "nick" in schemas[name]["properties"]
-        assert schemas["UserV2Create"]["properties"]["nick"]["maxLength"] == 200
-        assert "nick" not in schemas["UserV1Create"]["properties"]
+        assert schemas["UserV2Item"]["properties"]["nick"]["maxLength"] == 200
+        assert "nick" not in schemas["UserV1Item"]["properties"]
         assert '\\"nick\\": \\"Sim\\"' in ask(f"{url}/postman.json")[2].decode()
         assert escape('"nick": "Sim"') in ask(f"{url}/docs")[2].decode()
         assert '"nick"' in ask(f"{url}/")[2].decode()
