@@ -2519,7 +2519,7 @@ class Postgres:
         try:
             if not text:
                 return iter(())
-            if self.begun:
+            if self.begun and sql != BEGIN:
                 return self.raw.execute(text, values or None)
             return self.begin(text, values, sql == BEGIN)
         except self.driver.Error as fault:
@@ -2589,8 +2589,10 @@ class PostgresStore(Store):
         try:
             ((version,),) = db.execute("PRAGMA user_version")
         except sqlite3.OperationalError as fault:
-            told = str(fault.__cause__).strip().splitlines()[-1]
-            raise Problem(503, f"cannot be opened: {told}") from fault
+            lines = [
+                line for line in str(fault.__cause__).splitlines() if line[:1] > " "
+            ]
+            raise Problem(503, f"cannot be opened: {lines[-1]}") from fault
         if version < 0:
             raise Problem(503, "has another program's table users")
         if version > len(MIGRATIONS):
@@ -2600,6 +2602,12 @@ class PostgresStore(Store):
 
     def _file_size(self) -> int:
         return 0
+
+    def _give(self, db: Any) -> None:
+        if db.begun:  # it broke within a transaction
+            db.close()
+        else:
+            super()._give(db)
 
     def _commit(
         self, db: Any, keep: bool, frees: bool, log: Log, changes: list[Item]
