@@ -1376,6 +1376,21 @@ def test_another_programs_text_is_found_and_sorted(client):
     assert client("GET /api/user?mail=giertz@shittyrobots.loc").json == {"results": []}
     first = client("GET /api/user?sort=name&limit=1").json["results"][0]
     assert first["id"] == 1338
+    run_sql(client.db, OLD_INSERT, "ZOË", "ZOË@Example.ORG")
+    assert client("GET /api/user?name=ZOË&fields=id").json == {
+        "results": [{"id": 1339}]
+    }
+    mail = "/api/user?mail=ZOË@example.org&fields=id"
+    assert client(f"GET {mail}").json == {"results": [{"id": 1339}]}
+
+
+@of_files("text is text elsewhere")
+def test_another_programs_text_that_is_none_is_shown_all_the_same(client):
+    damaged = "CAST(x'41ff42' AS TEXT)"
+    run_sql(client.db, f"UPDATE users SET user_name = {damaged} WHERE user_id = 2")
+    shown = {"results": [{"id": 2, "name": "A\ufffdB"}]}
+    assert client("GET /api/user?id=2&fields=id,name").json == shown
+    assert "2,A\ufffdB,zoe@example.org" in client("GET /api/user?format=csv").text
 
 
 def test_our_own_write_is_one_change_and_one_version(client):
@@ -1657,7 +1672,14 @@ def folder(path: Path) -> None:
     path.mkdir()
 
 
+def foreign_mark(path: Path) -> None:
+    path.unlink()
+    run_sql(path, FIRST_SCHEMA)
+    run_sql(path, "PRAGMA application_id = 5")
+
+
 BROKEN = [newer, text_file, cut, header_gone, foreign_tables, foreign_users]
+BROKEN += [foreign_mark]
 BROKEN += [empty_beside_a_wal, folder]
 
 
@@ -1848,10 +1870,13 @@ def test_unique_mail(connect):
     assert [user["version"] for user in client.users()] == [1, 1, 1, 1]
     named = {"items": [{"id": 2, "name": "A"}, {"id": 3, "name": "A"}]}
     assert client("PATCH /api/user", named).status_int == 200
+    chans = {"item": {"name": "Other", "mail": CHAN["mail"]}}
+    assert client("POST /api/user", chans).status_int == 409
     assert client("PUT /api/user/1", {"item": {**taken}}).status_int == 200
     assert client("POST /api/user", {"item": GRACE}).status_int == 201
     assert client("DELETE /api/user/1").status_int == 200
     assert client("POST /api/user", {"item": taken}).status_int == 201
+    assert connect()("POST /api/user", chans).status_int == 201, "where it is off again"
 
 
 def test_unique_mail_over_duplicates_is_refused_with_their_ids(connect, db, capfd):
@@ -1878,6 +1903,7 @@ def test_the_store_gives_and_takes_users(client):
     assert store.get_user(3)["phone"] == [PHONE]
     assert [user["id"] for user in store.find_users(q="ZOË")] == [2]
     assert [user["id"] for user in store.find_users(sort="-id", limit=2)] == [1337, 3]
+    assert [user["id"] for user in store.find_users(limit=1)] == [1]
     (made,) = store.create_users([{**GRACE, "phone": [MOBILE]}])
     assert made == client("GET /api/v2/user/1338").json["results"][0]
     (put_,) = store.replace_users([{"id": 1338, **ADA}])
@@ -1893,6 +1919,7 @@ def test_the_store_gives_and_takes_users(client):
 
 STORE_REFUSALS = [
     (lambda store: store.get_user(99), 404),
+    (lambda store: store.get_user(2**63), 404),
     (lambda store: store.create_users([BAD, GRACE]), 422),
     (lambda store: store.create_users([{**GRACE, "name": "a\ud800b"}]), 422),
     (
@@ -3110,6 +3137,9 @@ def test_every_write_leaves_its_change(client):
     assert numbers == sorted(set(numbers)) and numbers[0] > last
     assert {"name", "mail", "phone"} <= set(changes[0]["fields"])
     assert changes[1]["fields"] == ["mail"]
+    same = {"name": CHAN["name"], "mail": "new@x", "phone": [PHONE], "address": []}
+    client("PUT /api/v2/user/3", {"item": same})
+    assert client.changes()[-1]["fields"] == ["mail", "address"]
     text = client("GET /api/changes").text
     assert not [
         value for value in ("Grace", "Ada", "new@x", "1234567") if value in text
@@ -4141,6 +4171,9 @@ def test_metrics_are_prometheus_text(client):
     assert [line for line in found if "_bucket{" in line and 'le="+Inf"' in line]
     users = [line for line in found if "user" in line and line.endswith((" 4", " 4.0"))]
     assert users
+    sizes = [line.split()[0] for line in found if "_bytes " in line]
+    assert "userapi_database_bytes" in sizes
+    assert POSTGRESQL or sizes == ["userapi_database_bytes", "userapi_wal_bytes"]
 
 
 def test_an_application_never_raises(client):
@@ -4625,21 +4658,22 @@ def test_a_write_waits_for_another_program_and_reads_do_not(db):
 
 
 def test_writes_of_one_turn_fail_alone(db):
-    """Many at once, every third refused: each gets its own answer."""
-    bodies = [{"item": BAD if n % 3 == 0 else GRACE} for n in range(30)]
+    """Many at once, a third refused, a third dry runs: each gets its own answer."""
+    sent = [(BAD, "", 422), (GRACE, "", 201), (GRACE, "?dry_run=true", 201)] * 10
     answers: dict[int, int] = {}
     with hosting(UserAPI(str(db))) as (_, url):
 
         def send(number: int) -> None:
-            answers[number] = fetch(url, "POST /api/user", bodies[number])[0]
+            item, query, _ = sent[number]
+            answers[number] = fetch(url, f"POST /api/user{query}", {"item": item})[0]
 
         threads = [threading.Thread(target=send, args=(n,)) for n in range(30)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(60)
-    assert answers == {n: 422 if n % 3 == 0 else 201 for n in range(30)}
-    assert run_sql(db, "SELECT count(*) FROM users") == [(24,)]
+    assert answers == {n: status for n, (_, _, status) in enumerate(sent)}
+    assert run_sql(db, "SELECT count(*) FROM users") == [(14,)]
 
 
 # --- around an application that has faults of its own
