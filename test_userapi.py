@@ -2697,6 +2697,7 @@ def test_the_last_id_of_all_may_be_counted(client):
     made = client("POST /api/user", {"item": GRACE})
     assert made.json["results"] == [{"id": MAX_ID, **GRACE}]
     assert client("POST /api/user", {"item": GRACE}).status_int == 409
+    assert client(f"DELETE /api/user?id={MAX_ID}").status_int == 200
 
 
 def test_a_bulk_may_mix_ids_given_and_counted(client):
@@ -3157,6 +3158,10 @@ def test_an_import_leaves_its_changes(client):
         (2, "update"),
         (5, "create"),
     ]
+    client("POST /api/user", "name,mail\nA,a@b\nB,b@c\n", {AS: "text/csv"})
+    told_ = [(one["user"], one["op"], one["fields"]) for one in client.changes()[-2:]]
+    fields = ["name", "mail"]
+    assert told_ == [(1338, "create", fields), (1339, "create", fields)]
 
 
 CHANGES = [
@@ -4661,7 +4666,8 @@ def test_writes_of_one_turn_fail_alone(db):
     """Many at once, a third refused, a third dry runs: each gets its own answer."""
     sent = [(BAD, "", 422), (GRACE, "", 201), (GRACE, "?dry_run=true", 201)] * 10
     answers: dict[int, int] = {}
-    with hosting(UserAPI(str(db))) as (_, url):
+    seen: list[Any] = []
+    with hosting(UserAPI(str(db), on_change=seen.append)) as (_, url):
 
         def send(number: int) -> None:
             item, query, _ = sent[number]
@@ -4674,6 +4680,9 @@ def test_writes_of_one_turn_fail_alone(db):
             thread.join(60)
     assert answers == {n: status for n, (_, _, status) in enumerate(sent)}
     assert run_sql(db, "SELECT count(*) FROM users") == [(14,)]
+    assert [change["op"] for change in seen] == ["create"] * 10
+    assert [change["seq"] for change in seen] == list(range(5, 15))
+    assert run_sql(db, "SELECT max(seq) FROM changes") == [(14,)]
 
 
 # --- around an application that has faults of its own
