@@ -4451,7 +4451,9 @@ def describe(found: Operation, path: str, resource: Resource) -> Item:
     """The OpenAPI operation that an operation is at a resource."""
     form = Form(SHAPES.get(found.shape, USER), resource.view)
     more = IDEMPOTENCY_KEY if found.method == "POST" else ""
-    tag = form.shape.plural if found.path.startswith("/user") else "service"
+    tag = "changes" if found.path == "/changes" else "service"
+    if found.path.startswith("/user"):
+        tag = form.shape.plural
     described: Item = {
         "operationId": found.name + resource.base[4:].replace("/", "_"),
         "summary": found.summary, "description": found.summary + more, "tags": [tag],
