@@ -4184,7 +4184,6 @@ IDEMPOTENCY_KEY = (
 HOW = {"POST": "Create", "PUT": "Replace", "PATCH": "Merge"}
 #: how items are sent; of Each, many in one request, and each names its id
 HOWS = ("Create", "Replace", "ReplaceEach", "Merge", "MergeEach")
-TEXT: Item = {"type": "string"}
 NULLABLE: Item = {"type": ["string", "null"]}
 COUNT: Item = {"type": "integer", "minimum": 0}
 FAULT: Item = {"pointer": "", "parameter": "", "header": "", "line": 1, "detail": ""}
@@ -4214,12 +4213,12 @@ NARROWED: dict[tuple[str, str], Item] = {
     ("GET", "after"): given(NULLABLE, made_up={"type": "null"}, minLength=16, **GIVEN),
     ("DELETE", "id"): {**ID_LIST, "uniqueItems": True},
     # after a DELETE that was just a try, all is still there
-    ("DELETE", "dry_run"): given(TEXT, made_up={"enum": ["false", "0"]}),
+    ("DELETE", "dry_run"): given(STRING, made_up={"enum": ["false", "0"]}),
 }
 #: (description, schema) of the headers that operations read
 REQUEST_HEADERS = {
-    "If-Match": ("The user's ETag; else a 412.", given(TEXT, made_up={"const": "*"})),
-    "If-None-Match": ("The ETag that is known; then a 304.", TEXT),
+    "If-Match": ("The user's ETag; else a 412.", given(STRING, made_up={"const": "*"})),
+    "If-None-Match": ("The ETag that is known; then a 304.", STRING),
     "Last-Event-ID": ("The seq of the last event had.", PARAMS["since"].schema),
 }
 
@@ -4265,7 +4264,7 @@ def schema_of(sample: Any) -> Item:
         return {"type": "array", "items": schema_of(sample[0])}
     if isinstance(sample, int):
         return COUNT
-    return {None: NULLABLE, NOON: STAMP}.get(sample, TEXT)
+    return {None: NULLABLE, NOON: STAMP}.get(sample, STRING)
 
 
 class Form(NamedTuple):
@@ -4322,7 +4321,7 @@ class Form(NamedTuple):
             elif field.clean:  # what there is beside its schema is no pattern
                 made_up[field.name] = {"pattern": "^[!-~][ -~¡-¬®-ɏ]*$"}
             elif merge and field.name in self.shape.one_of:  # the other may be empty
-                made_up[field.name] = {**TEXT, "minLength": 1}
+                made_up[field.name] = {**STRING, "minLength": 1}
             if field.read_only:
                 schema["readOnly"] = True
             elif field.required and not merge:
@@ -4377,10 +4376,13 @@ def body_of(found: Operation, form: Form) -> Item:
         columns = [field for field in USER.columns if field.csv]
         rows = [[f.name for f in columns], [f.example for f in columns]]
         text = csv_lines(rows).decode()
-        content[CSV] = {"schema": given(TEXT, made_up={"const": text}), "example": text}
+        content[CSV] = {
+            "schema": given(STRING, made_up={"const": text}),
+            "example": text,
+        }
     if NDJSON in content:  # without an example, as Schemathesis cannot send it
         text = f"Lines like {to_json(item).decode()}"
-        content[NDJSON] = {"schema": {**TEXT, "description": text}}
+        content[NDJSON] = {"schema": {**STRING, "description": text}}
     return {"required": True, "content": content}
 
 
@@ -4409,11 +4411,11 @@ def answer_of(found: Operation, form: Form) -> Item:
 def responses_of(found: Operation, form: Form) -> Item:
     """What an operation can answer, by status."""
     told = follows(found)
-    content = {media.partition(";")[0]: {"schema": TEXT} for media in found.answers}
+    content = {media.partition(";")[0]: {"schema": STRING} for media in found.answers}
     if JSON in content:
         content[JSON] = answer_of(found, form)
     names = {each for each in told if isinstance(each, str)} - REQUEST_HEADERS.keys()
-    headers = {name: {"schema": TEXT} for name in sorted(names)}
+    headers = {name: {"schema": STRING} for name in sorted(names)}
     done = STATUS[found.status].partition(" ")[2]
     success = {"description": done, "content": content, "headers": headers}
     responses: Item = {str(found.status): success}
@@ -4432,7 +4434,7 @@ def parameters_of(found: Operation, path: str, form: Form) -> list[Item]:
     for name in found.params:
         schema = NARROWED.get((found.method, name), PARAMS[name].schema)
         if name == "fields":
-            schema = {**schema, "items": {**TEXT, "enum": list(VIEWS[form.view])}}
+            schema = {**schema, "items": {**STRING, "enum": list(VIEWS[form.view])}}
         told.append(("query", name, PARAMS[name].help, schema))
     for name in follows(found):
         if name in REQUEST_HEADERS:
@@ -4470,7 +4472,7 @@ def problem_response(status: int) -> Item:
     title, told = PROBLEMS[status]
     example = json.loads(Problem(status, told).body())
     content = {PROBLEM_JSON: {"schema": ref("Problem"), "example": example}}
-    headers = {name: {"schema": TEXT} for name in PROBLEM_HEADERS.get(status, ())}
+    headers = {name: {"schema": STRING} for name in PROBLEM_HEADERS.get(status, ())}
     return {"description": f"{title}: {told}.", "content": content, "headers": headers}
 
 
