@@ -946,6 +946,8 @@ TOLD = [
         body={"item": {"id": None}}),
     Row("POST /api/user", 422, (told("the item is not an object"), at("#/items/1")),
         body={"items": [GRACE, 5]}),
+    Row("PUT /api/user", 404, (told("id is nobody's"), at("#/items/1/id")),
+        body={"items": [{**GRACE, "id": 1}, {**GRACE, "id": 99}]}),
     Row("POST /api/user", 422, (told("2 faults"), at("#/items/0/id", "#/items/1/name")),
         body={"items": [{**GRACE, "id": 1}, {**GRACE, "name": ""}]}),
     Row("POST /api/user", 422, told("line 3 has 1 cells where the header has 2"),
@@ -1393,6 +1395,17 @@ def test_another_programs_text_that_is_none_is_shown_all_the_same(client):
     assert "2,A\ufffdB,zoe@example.org" in client("GET /api/user?format=csv").text
 
 
+#: What SQLite is told, so that what is acknowledged stays and a file cannot run code.
+PRAGMAS = {"journal_mode": "wal", "synchronous": 2, "journal_size_limit": 16 << 20}
+PRAGMAS.update(busy_timeout=5000, foreign_keys=1, trusted_schema=0)
+
+
+@of_files("its pragmas")
+@pytest.mark.parametrize("name, value", PRAGMAS.items())
+def test_sqlite_is_told_to_be_careful(client, name, value):
+    assert client.app.store.rows(f"PRAGMA {name}") == [(value,)]
+
+
 def test_our_own_write_is_one_change_and_one_version(client):
     last = client.changes()[-1]["seq"]
     client("PATCH /api/user/1", {"item": {"mail": "s@g"}})
@@ -1672,6 +1685,10 @@ def folder(path: Path) -> None:
     path.mkdir()
 
 
+def half_of_ours(path: Path) -> None:
+    run_sql(path, "DROP TABLE changes")
+
+
 def foreign_mark(path: Path) -> None:
     path.unlink()
     run_sql(path, FIRST_SCHEMA)
@@ -1679,7 +1696,7 @@ def foreign_mark(path: Path) -> None:
 
 
 BROKEN = [newer, text_file, cut, header_gone, foreign_tables, foreign_users]
-BROKEN += [foreign_mark]
+BROKEN += [foreign_mark, half_of_ours]
 BROKEN += [empty_beside_a_wal, folder]
 
 
@@ -1697,7 +1714,7 @@ def test_a_file_that_is_not_ours_is_refused_and_untouched(db, damage, capfd):
     before = everything_in(db.parent)
     with pytest.raises(Problem) as refused:
         UserAPI(db=str(db))
-    assert str(refused.value)
+    assert str(refused.value) and refused.value.status == 503
     assert everything_in(db.parent) == before
     status, _, err = run_main(capfd, "serve", "--port", "0", "--db", str(db))
     assert status in (1, 2)
@@ -1941,6 +1958,7 @@ STORE_REFUSALS = [
     (lambda store: store.find_users(limit=0), 400),
     (lambda store: store.find_users(q=5), 400),
     (lambda store: store.get_user("1"), 404),
+    (lambda store: store.revoke_token("nobody"), 404),
     (lambda store: store.delete_rows(3, userapi.PHONE, [1, 9]), 404),
     (lambda store: store.delete_rows(9, userapi.PHONE, [1]), 404),
 ]
@@ -1953,6 +1971,14 @@ def test_the_store_refuses_as_the_api_does(client, call_, status):
         call_(client.app.store)
     assert refused.value.status == status
     assert snapshot(client) == before
+
+
+def test_a_tokens_name_is_taken_once(client):
+    client.app.store.add_token("ada", "admin")
+    with pytest.raises(Problem) as refused:
+        client.app.store.add_token("ada", "read-only")
+    assert refused.value.status == 409
+    assert [row[:2] for row in client.app.store.tokens()] == [("ada", "admin")]
 
 
 def test_the_store_deletes_rows_of_a_user(client):
@@ -2085,7 +2111,7 @@ ONE = [
     put({"mail": "a@b"}, 422, at("#/item/name")),
     put({"id": 2, "name": ""}, 422, at("#/item/id", "#/item/name", "#/item/mail")),
     put({**GRACE, "age": 1}, 422, at("#/item/age")),
-    Row("PUT /api/user/99", 404, body={"item": GRACE}),
+    Row("PUT /api/user/99", 404, told("there is no user 99"), body={"item": GRACE}),
     Row("PUT /api/user/99", 422, body={"item": {"name": "A"}}),
     patch({"mail": "new@x"}, 200, done({**SIMONE, "mail": "new@x"})),
     patch({"name": "New"}, 200, done({**SIMONE, "name": "New"})),
@@ -2649,6 +2675,9 @@ def test_a_write_is_kept_and_is_a_version(client):
     assert (before["version"], after["version"]) == (1, 2)
     assert after["created"] == before["created"]
     assert parse_time(after["updated"]) >= parse_time(before["updated"])
+    found = client("GET /api/user?q=HOPPER").json["results"]
+    assert [user["id"] for user in found] == [1]
+    assert client("GET /api/user?q=giertz").json == {"results": []}
 
 
 def parse_time(text: str) -> datetime:
@@ -2697,6 +2726,7 @@ def test_the_last_id_of_all_may_be_counted(client):
     made = client("POST /api/user", {"item": GRACE})
     assert made.json["results"] == [{"id": MAX_ID, **GRACE}]
     assert client("POST /api/user", {"item": GRACE}).status_int == 409
+    assert client.app.store.get_user(MAX_ID)["id"] == MAX_ID
     assert client(f"DELETE /api/user?id={MAX_ID}").status_int == 200
 
 
@@ -2952,15 +2982,16 @@ def test_etags_rise_and_are_the_version(client):
     assert seen == [2, 3, 4]
 
 
-def test_an_etag_of_a_deleted_user_is_not_its_successors(client):
+@pytest.mark.parametrize("id", [3, 1337])
+def test_an_etag_of_a_deleted_user_is_not_its_successors(client, id):
     """Someone was faster, and it is another user now that has the id."""
-    etag = client.etag(3)
-    client("DELETE /api/user/3")
-    client("POST /api/user", {"item": CHAN})
-    stale = client("PUT /api/user/3", {"item": GRACE}, {"If-Match": etag})
+    etag, line = client.etag(id), f"/api/user/{id}"
+    client(f"DELETE {line}")
+    client("POST /api/user", {"item": {**CHAN, "id": id}})
+    stale = client(f"PUT {line}", {"item": GRACE}, {"If-Match": etag})
     assert stale.status_int == 412
-    fresh = {"If-Match": client.etag(3)}
-    assert client("PUT /api/user/3", {"item": GRACE}, fresh).status_int == 200
+    fresh = {"If-Match": client.etag(id)}
+    assert client(f"PUT {line}", {"item": GRACE}, fresh).status_int == 200
 
 
 def test_a_new_user_is_version_1_wherever_its_id_stands(client):
@@ -3053,6 +3084,15 @@ def test_a_key_outlives_the_process(connect):
     second = connect()("POST /api/user", {"item": GRACE}, keyed("k"))
     assert second.headers["Idempotency-Replayed"] == "true"
     assert second.body == first.body
+
+
+def test_a_key_is_forgotten_after_a_day(client):
+    for _ in range(2):
+        answer = client("POST /api/user", {"item": GRACE}, keyed("k"))
+        assert "Idempotency-Replayed" not in answer.headers
+        run_sql(client.db, "UPDATE retries SET at = at - 86401")
+    client("POST /api/user", {"item": GRACE}, keyed("l"))
+    assert run_sql(client.db, "SELECT count(*) FROM retries") == [(1,)]
 
 
 def test_a_key_counts_for_one_uri(client):
