@@ -4622,61 +4622,52 @@ HTML_DOCUMENT = r"""
 
 PAGE_STYLE = r"""
 :root {
-  color-scheme: light dark; scroll-padding: 8rem 0 6rem; overflow-anchor: none;
-  --bg: light-dark(#fbfbfa, #131417); --top: light-dark(#fff, #1b1c20);
-  --ink: light-dark(#1d1e22, #e8e8eb); --soft: light-dark(#62656d, #9da0a9);
-  --line: light-dark(#e8e8e5, #282a2f); --edge: light-dark(#c6c7c9, #484b53);
-  --accent: light-dark(#3b56c8, #94a8ff); --on: light-dark(#fff, #10142a);
-  --hover: light-dark(#f2f2ef, #1e2024); --red: light-dark(#b3261e, #ff8d83);
-  --side: max(1rem, 50vw - 38rem); accent-color: var(--accent);
+  color-scheme: light dark; accent-color: var(--accent); scroll-padding: 8rem 0 6rem;
+  overflow-anchor: none; background: Canvas; --side: max(1rem, 50vw - 38rem);
+  --accent: light-dark(#3b56c8, #94a8ff); --red: light-dark(#b3261e, #ff8d83);
+  --soft: light-dark(#62656d, #9da0a9); --edge: light-dark(#c6c7c9, #484b53);
+  --line: light-dark(#ececea, #2a2b2e);
 }
 * { box-sizing: border-box; }
-[hidden], .reader .write, .open #leave, #other:empty, #other button, #state:has(> :empty) {
-  display: none !important;
-}
-body {
-  margin: 0 var(--side); background: var(--bg); color: var(--ink);
-  font: 0.9375rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere;
-}
+[hidden], .reader .write, .open #leave, #state:has(> :empty) { display: none !important; }
+body { margin: 0 var(--side); font: 0.9375rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1, h2 { margin: 0; font-size: 1.125rem; font-weight: 600; }
 button, select, input:not([type="checkbox"]) {
-  height: 2.375rem; padding: 0 0.875rem; border: 1px solid var(--edge); border-radius: 8px;
-  background: var(--top); color: inherit; font: inherit;
+  height: 2.375rem; padding: 0 0.875rem; border: thin solid var(--edge); border-radius: 8px;
+  background: Canvas; color: inherit; font: inherit;
 }
-button:hover, #menu > :hover, .user:is(:hover, :focus-within) { background: var(--hover); }
+button:hover, #menu > :hover, .user:is(:hover, :focus-within) { background: var(--line); }
 button:disabled { opacity: 0.5; }
-.primary, .primary:hover { border: 0; background: var(--accent); color: var(--on); }
+.primary, .primary:hover { border: 0; background: var(--accent); color: Canvas; }
 .danger, .error { color: var(--red); }
 :focus-visible { outline: 2px solid var(--accent) !important; outline-offset: 2px; }
-header, footer, #bulk, #toast { display: flex; flex-wrap: wrap; gap: 0.75rem; align-items: center; }
-header { position: sticky; top: 0; z-index: 2; padding: 0.8125rem 0; background: var(--bg); }
-#count { flex: 1; color: var(--soft); }
+header, footer, #bulk, #toast { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: center; }
+header { position: sticky; top: 0; z-index: 2; padding: 0.8125rem 0; background: Canvas; }
 header label { width: 22rem; }
-#search { width: 100%; }
+#count { flex: 1; color: var(--soft); }
 #list, #list :is(thead, tbody) { display: block; }
 #list tr {
-  display: grid; grid: auto / auto-flow 2.5rem 3fr 4fr 2fr 2fr; border-bottom: 1px solid var(--line);
+  display: grid; grid: auto / auto-flow 2.5rem 3fr 4fr 2fr 2fr;
+  border-bottom: thin solid var(--line);
 }
 #list :is(th, td) {
   overflow: hidden; padding: 0 0.5rem; color: var(--soft); font-weight: 400; line-height: 3rem;
   text-align: left; text-overflow: ellipsis; white-space: nowrap;
 }
-#list thead { position: sticky; top: 4rem; z-index: 1; background: var(--bg); }
+#list thead { position: sticky; top: 4rem; z-index: 1; background: Canvas; }
 #list button { all: unset; cursor: pointer; }
-#list td button { color: var(--ink); font-weight: 500; }
+#list td button { color: CanvasText; font-weight: 500; }
 [aria-sort="ascending"]::after { content: " ↑"; }
 [aria-sort="descending"]::after { content: " ↓"; }
 [type="checkbox"] { width: 1.0625rem; height: 1.0625rem; vertical-align: middle; }
 #state { padding: 4rem 1rem; color: var(--soft); text-align: center; }
 #bulk, #toast, #menu, dialog {
-  border: 1px solid var(--line); border-radius: 12px; background: var(--top); color: inherit;
+  border: thin solid var(--line); border-radius: 12px; background: Canvas;
   box-shadow: 0 8px 30px #0003;
 }
-#bulk, #toast {
-  position: fixed; z-index: 3; bottom: 1.25rem; left: 50%; translate: -50%;
-  width: max-content; max-width: calc(100vw - 1rem); padding: 0.5rem 0.75rem;
-}
-#toast { bottom: 5.25rem; }
+main { padding-bottom: 7rem; }
+#float { position: fixed; inset: auto 0.5rem 1rem; z-index: 3; width: fit-content; margin: auto; }
+#bulk, #toast { justify-content: center; margin-top: 0.5rem; padding: 0.5rem 0.75rem; }
 #toast:has(> :empty) { opacity: 0; pointer-events: none; }
 #menu { inset: 3.5rem var(--side) auto auto; margin: 0; padding: 0.375rem; }
 #menu > * {
@@ -4687,27 +4678,31 @@ dialog { width: min(36rem, 100vw - 1rem); max-height: calc(100dvh - 1rem); paddi
 dialog::backdrop { background: #0006; }
 footer {
   position: sticky; bottom: -1.5rem; justify-content: end; margin: 1.5rem -1.5rem -1.5rem;
-  padding: 0.875rem 1.5rem; border-top: 1px solid var(--line); background: var(--top);
+  padding: 0.875rem 1.5rem; border-top: thin solid var(--line); background: Canvas;
 }
+footer p { width: 100%; margin: 0; }
 #delete { margin-inline-end: auto; }
-:has(> #other:empty) ~ footer #theirs { display: none; }
+:has(> #other:empty) ~ footer #theirs, #other:empty, #other button, p:empty { display: none; }
 .field { display: block; margin-top: 0.75rem; color: var(--soft); font-size: 0.8125rem; }
-.field :is(input, select), progress { display: block; width: 100%; color: var(--ink); }
+:is(.field, header) :is(input, select), progress { display: block; width: 100%; }
+.field :is(input, select) { margin-top: 0.25rem; color: CanvasText; font-size: 1rem; }
 [aria-invalid="true"] { border-color: var(--red) !important; }
-fieldset { margin: 1rem 0 0; padding: 0; border: 0; }
-legend { padding: 0 0 0.5rem; font-weight: 600; }
+fieldset { margin: 0; padding: 0; border: 0; }
+#file { padding: 0.375rem; border: 0; }
+legend { padding: 1rem 0 0.5rem; font-weight: 600; }
 [name] .item {
   display: grid; grid: auto / repeat(auto-fill, minmax(min(10rem, 100%), 1fr)); gap: 0 0.75rem;
   position: relative; margin-bottom: 0.5rem; padding: 0 3rem 0.75rem 0.75rem;
-  border: 1px solid var(--line); border-radius: 10px;
+  border: thin solid var(--line); border-radius: 10px;
 }
 [data-act="drop"] { position: absolute; right: 0.25rem; top: 0.25rem; border: 0; }
 #versions { display: grid; grid: auto / auto-flow minmax(0, 1fr); gap: 1rem; }
-.drop { display: block; padding: 2rem 1rem; border: 2px dashed var(--edge); text-align: center; }
+:has(+ #other:not(:empty))::before, #other::before { content: attr(aria-label); font-weight: 600; }
+.drop { padding: 2rem 1rem; border: 2px dashed var(--edge); text-align: center; }
 #report { display: block; max-height: 14rem; overflow: auto; white-space: pre-line; }
 @media (max-width: 42rem) {
   header label { order: 1; width: 100%; }
-  #list thead { top: 7.125rem; }
+  #list thead { top: 6.875rem; }
   #list .user { grid: auto auto / auto-flow 2.5rem 1fr auto; }
   #list td { line-height: 2rem; }
   #list td:first-child { grid-row: span 2; align-content: center; }
@@ -4715,7 +4710,7 @@ legend { padding: 0 0 0.5rem; font-weight: 600; }
   #list th:nth-child(n + 4) { display: none; }
 }
 @media (prefers-reduced-motion: no-preference) { .changed { animation: changed 2s; } }
-@keyframes changed { from { background: color-mix(in srgb, var(--accent) 14%, var(--bg)); } }
+@keyframes changed { from { background: color-mix(in srgb, var(--accent) 14%, Canvas); } }
 """  # noqa: E501
 
 PAGE_SCRIPT = r"""
@@ -4726,26 +4721,21 @@ const body = $("rows"), search = $("search"), selected = new Map(); // users by 
 const SIZE = 100; // users a page
 let q, sort, pages, near, origin, total, latest, stream, timer, since = seq; // the list
 let user, sent, doomed, undo; // of the form, the question, the message
-
 const who = (users) => users[1] ? `${users.length} users` : `\u2068${users[0].name}\u2069`;
 const match = ({ version }) => ({ "If-Match": `"${version}"` });
 function show(texts) { // what stands there already is not told again
   for (const [id, text] of Object.entries(texts))
     if ($(id).textContent !== text) $(id).textContent = text;
 }
-function note(note, remedy = "Try again", act = "restart") { // in the list's place
+function note(note, remedy = "Try again", act = restart) { // in the list's place
   show({ note, remedy });
-  $("remedy").dataset.act = act;
+  $("remedy").onclick = () => act();
 }
-function say(said, back) { // a passing message, with an undo while it lasts
+function done(said, back) { // a passing message, with an undo while it lasts
+  for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close();
   show({ said });
   [undo, $("undo").hidden] = [back, !back];
-  clearTimeout(say.timer);
-  say.timer = setTimeout(say, 15000, "");
-}
-function done(text, back) {
-  for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close();
-  say(text, back);
+  setTimeout(() => $("said").textContent === said && show({ said: "" }), 15000);
   list(true);
 }
 async function call(method, url, body, headers) { // the answer; a problem has a status
@@ -4754,11 +4744,9 @@ async function call(method, url, body, headers) { // the answer; a problem has a
   return fetch(url, { method, headers, body }).then((got) => got.json()).catch(() => lost);
 }
 function why({ detail, errors = [] }) { // a problem with all its errors, a line each
-  const faults = errors.map(({ line, pointer, parameter, detail }) =>
-    [line && `Line ${line}:`, parameter ?? pointer?.slice(2), detail].filter(Boolean).join(" "));
-  return [detail, ...faults].join("\n");
+  const place = ({ line, pointer, parameter }) => parameter ?? `Line ${line}: ${pointer.slice(2)}`;
+  return [detail, ...errors.map((each) => `${place(each)} ${each.detail}`)].join("\n");
 }
-
 // The list: pages follow each other by cursor; those near the view are in the document.
 const query = (more) => `${api}?${new URLSearchParams({ ...(q && { q }), sort, ...more })}`;
 function restart() { // the address holds what is searched and how it is sorted
@@ -4770,58 +4758,52 @@ function restart() { // the address holds what is searched and how it is sorted
   [pages, origin] = [[query({ limit: SIZE, count: true })], 0]; // addresses; how many were dropped
   list(true);
 }
-function go(name, value) { // to another search or order; typing is one step of the history
-  const url = new URL(location), typed = name === "q";
-  if (value) url.searchParams.set(name, value);
-  else url.searchParams.delete(name);
-  history[typed && history.state ? "replaceState" : "pushState"](typed, "", url);
+function go(change) { // to another search or order; typing is one step of the history
+  const step = change.sort || !history.state ? "pushState" : "replaceState";
+  history[step](!change.sort, "", `?${new URLSearchParams({ q, sort, ...change })}`);
   scrollTo(0, 0);
   restart();
 }
 async function list(anew) {
   if (anew) [near, timer] = [{}, null]; // the answers, by number of page
-  const asked = (latest = {}), users = [], tall = SIZE * (body.rows[0]?.offsetHeight ?? 48);
+  const asked = (latest = {}), rows = [], tall = SIZE * (body.rows[0]?.offsetHeight ?? 48);
   const first = Math.max(0, Math.min(pages.length - 1, Math.floor((scrollY - innerHeight) / tall)));
-  let end = first, got;
+  let end = first;
   if (origin && !scrollY) return restart();
   if (first > 4000) { // browsers lay out 33 million pixels: drop what is far above
     [pages, near, origin] = [pages.slice(2000), {}, origin + 2000];
     return scrollBy(0, -2000 * tall);
   }
   for (; end < pages.length && end * tall <= scrollY + 2 * innerHeight; end++) {
-    got = await (near[end] ??= call("GET", pages[end]));
+    const got = await (near[end] ??= call("GET", pages[end]));
     if (asked !== latest) return; // the answer to an older question never wins
     if (got.status) return note(why(got), body.replaceChildren());
-    users.push(...got.results);
+    rows.push(...got.results.map(row));
     total = got.total ?? total; // as of the first page
     if (got.next) pages[end + 1] = location.origin + got.next.replace("&count=true", "");
     else pages.length = end + 1;
   }
   for (const n in near) if (n < first || n >= end) delete near[n];
   $("list").style.marginBlock = `${first * tall}px ${(pages.length - end) * tall}px`;
-  paint(users, (origin + first) * SIZE);
-}
-function paint(users, above) {
-  const list = users.map(row), active = document.activeElement;
-  if (list.length !== body.rows.length || list.some((tr, n) => tr !== body.rows[n])) {
-    body.replaceChildren(...list);
+  if (rows.length !== body.rows.length || rows.some((tr, n) => tr !== body.rows[n])) {
+    const active = document.activeElement;
+    body.replaceChildren(...rows);
     active.focus({ preventScroll: true }); // who had it keeps it
   }
-  list.forEach((tr, n) => (tr.ariaRowIndex = above + n + 2));
+  rows.forEach((tr, n) => (tr.ariaRowIndex = (origin + first) * SIZE + n + 2));
   $("list").ariaRowCount = total + 1;
   show({ count: total.toLocaleString() + (q ? " found" : "") });
   choose([]);
   if (total) note("");
-  else if (q) note(`No name or mail holds “${q}”.`, "Show all", "everyone");
-  else note("No users yet. Add the first, or drop a CSV or NDJSON file here.", "New user", "create");
+  else if (q) note(`No name or mail holds “${q}”.`, "Show all", () => go({ q: "" }));
+  else note("No users yet. Add the first, or drop a CSV or NDJSON file here.", "New user", edit);
   if (stream?.readyState === EventSource.CLOSED) follow();
 }
 function row(user) {
   const tr = $(`user-${user.id}`) ?? $("row").content.firstElementChild.cloneNode(true);
   if (tr.user?.version === user.version) return tr;
-  const numbers = user.phone.map((phone) => phone.number).join(", ");
-  const cities = user.address.map((address) => address.city).filter(Boolean).join(", ");
-  const texts = [user.name, user.mail, numbers, cities];
+  const join = (list, name) => list.map((each) => each[name]).filter(Boolean).join(", ");
+  const texts = [user.name, user.mail, join(user.phone, "number"), join(user.address, "city")];
   tr.querySelectorAll("[dir]").forEach((cell, n) => (cell.textContent = texts[n]));
   tr.querySelector("input").ariaLabel = `Select ${user.name}`;
   tr.classList.toggle("changed", Boolean(tr.user));
@@ -4831,12 +4813,11 @@ function row(user) {
 function choose(users, on) { // select or unselect these, and show what is selected
   for (const one of users) selected[on ? "set" : "delete"](one.id, one);
   for (const tr of body.rows) tr.querySelector("input").checked = selected.has(tr.user.id);
-  for (const link of document.querySelectorAll("[download]")) {
-    const what = selected.size ? `${api}?id=${[...selected.keys()]}` : query();
-    link.href = `${what}&format=${link.dataset.format}`;
-  }
-  const none = !selected.size, every = [...body.rows].every(({ user }) => selected.has(user.id));
-  [$("bulk").hidden, $("all").checked, $("all").indeterminate] = [none, !none && every, !none && !every];
+  const some = selected.size > 0, every = [...body.rows].every((tr) => selected.has(tr.user.id));
+  [$("all").checked, $("all").indeterminate] = [some && every, some && !every];
+  const what = `${some ? `${api}?id=${[...selected.keys()]}` : query()}&format=`;
+  for (const a of document.querySelectorAll("[download]")) a.href = what + a.download.slice(6);
+  $("bulk").hidden = !some;
   show({ chosen: `${selected.size} selected` });
 }
 function follow() { // what others change
@@ -4848,11 +4829,10 @@ function follow() { // what others change
   };
   stream.onerror = () => stream.readyState === EventSource.CLOSED && setTimeout(list, 5000, true);
 }
-
 // The form is made of the server's table of fields; errors find their place by its names.
-const sheet = (shape, item) => fill($(shape).content.firstElementChild.cloneNode(true), item);
 const add = (list, item) => list.insertBefore(sheet(list.name, item), list.lastElementChild);
-function fill(node, item = {}) {
+function sheet(shape, item = {}) {
+  const node = $(shape).content.firstElementChild.cloneNode(true);
   for (const input of node.querySelectorAll("input")) input.value = item[input.name] ?? "";
   for (const list of node.querySelectorAll("fieldset"))
     item[list.name]?.forEach((each) => add(list, each));
@@ -4860,18 +4840,17 @@ function fill(node, item = {}) {
 }
 function read(node) {
   const item = {};
-  for (const { name, type, value, valueAsNumber } of node.querySelectorAll(":scope > label > input"))
-    item[name] = type === "number" ? valueAsNumber || undefined : value;
+  for (const { name, type, value } of node.querySelectorAll(":scope > label > input"))
+    item[name] = type === "number" ? +value || undefined : value;
   for (const list of node.querySelectorAll("fieldset"))
     item[list.name] = [...list.querySelectorAll(".item")].map(read);
   return item;
 }
 function edit(one) {
-  [user, sent] = [one, {}];
+  [user, sent, $("delete").hidden] = [one, {}, !one];
   $("fields").replaceChildren(sheet("user", one));
   $("other").replaceChildren();
   show({ "form-title": one?.name ?? "New user", "form-error": "" });
-  $("delete").hidden = !one;
   $("form").close();
   $("form").showModal();
 }
@@ -4881,7 +4860,7 @@ async function save() {
   const got = user
     ? await call("PATCH", `${api}/${user.id}`, content, match(user))
     : await call("POST", api, content, { "Idempotency-Key": sent.key });
-  if (got.status === 404) [user, got.detail] = [null, "This user was deleted. Save to add it anew."];
+  if (got.status === 404) [user, got.detail] = [null, "This user was deleted. Save it anew?"];
   if (got.status === 412) clash();
   else if (got.status) blame(got);
   else done(`Saved ${who(got.results)}`);
@@ -4906,7 +4885,6 @@ function blame({ detail, errors = [] }) { // each error stands at what its point
   }
   $("fields").querySelector("[aria-invalid]")?.focus();
 }
-
 // Several at once: delete and bring back, import.
 function remove(users) {
   doomed = users;
@@ -4916,10 +4894,10 @@ function remove(users) {
 async function erase() {
   const erased = (one) => call("DELETE", `${api}/${one.id}`, null, match(one));
   const told = await Promise.all(doomed.map(erased)), fault = told.find((got) => got.status);
-  const gone = doomed.filter((_, n) => !told[n].status), text = fault ? `Not deleted: ${fault.detail}. ` : "";
+  const gone = doomed.filter((_, n) => !told[n].status);
+  const text = fault ? `Not deleted: ${fault.detail}. ` : "";
   choose(gone, false);
-  if (gone.length) done(`${text}Deleted ${who(gone)}`, () => restore(gone));
-  else done(text);
+  done(gone[0] ? `${text}Deleted ${who(gone)}` : text, gone[0] && (() => restore(gone)));
 }
 async function restore(users) { // as lines of an import, which keep ids and times
   const lines = users.map((one) => JSON.stringify(one)).join("\n");
@@ -4931,21 +4909,24 @@ function bring() { // a file
   $("upload").disabled = true;
   $("import").showModal();
 }
-async function upload(dry) {
-  const [file] = $("file").files, url = `${api}?conflict=${$("conflict").value}&dry_run=${dry}`;
+async function upload(dry, files = $("file").files) {
+  const [file] = ($("file").files = files), conflict = $("conflict").value;
   if (!file) return;
   const lines = (await file.slice(0, 99).text()).trim().startsWith("{");
-  [$("progress").hidden, $("upload").disabled] = [false, true];
   const type = { "Content-Type": lines ? "application/x-ndjson" : "text/csv" };
-  const got = await call("POST", url, file, type);
+  [$("progress").hidden, $("upload").disabled] = [false, true];
+  const got = await call("POST", `${api}?conflict=${conflict}&dry_run=${dry}`, file, type);
   const counts = `${got.created} new, ${got.replaced} replaced, ${got.skipped} skipped`;
   [$("progress").hidden, $("upload").disabled] = [true, Boolean(got.status)];
   $("report").value = `${file.name}\n${got.status ? why(got) : counts}`;
   if (!dry && !got.status) done(`Imported: ${counts}`);
 }
-
-// Hands: buttons, keys, files, history.
-const acts = { // by a button's data-act
+async function leave() { // a browser forgets its login when another fails; stop before it asks
+  const headers = { Authorization: "Basic " + btoa("logout:") };
+  await fetch(api, { method: "HEAD", headers, signal: AbortSignal.timeout(1000) }).catch(() => 0);
+  location.assign(`${home}/`);
+}
+const acts = { // of the buttons, by their data-act
   add: ({ parentNode }) => add(parentNode).querySelector("input:not([type=number])").focus(),
   all: ({ checked }) => choose([...body.rows].map((tr) => tr.user), checked),
   bring,
@@ -4954,21 +4935,14 @@ const acts = { // by a button's data-act
   delete: () => remove([user]),
   drop: ({ parentNode }) => parentNode.remove(),
   erase,
-  everyone: () => go("q"),
   leave,
   remove: () => remove([...selected.values()]),
-  restart,
-  sort: ({ value }) => go("sort", sort === value ? `-${value}` : value),
+  sort: ({ value }) => go({ sort: sort === value ? `-${value}` : value }),
   theirs: () => edit(user),
-  undo: () => undo(say("")),
+  undo: () => undo(show({ said: "" })),
   unselect: () => choose([...selected.values()], false),
   upload: () => upload(false),
 };
-async function leave() { // a browser forgets its login when another fails; stop before it asks
-  const headers = { Authorization: "Basic " + btoa("logout:") }, signal = AbortSignal.timeout(1000);
-  await fetch(`${api}?limit=1`, { headers, signal }).catch(() => 0);
-  location.assign(`${home}/`);
-}
 document.onclick = ({ target }) => {
   const tr = target.closest(".user"), button = target.closest("[data-act]");
   target.closest("#menu")?.hidePopover(); // first: the focus goes back
@@ -4987,14 +4961,10 @@ document.ondragover = document.ondrop = (event) => {
   if (!event.dataTransfer.types.includes("Files")) return;
   event.preventDefault();
   if (!document.querySelector("dialog[open]")) bring();
-  if (event.type === "dragover" || !$("import").open) return;
-  $("file").files = event.dataTransfer.files;
-  upload(true);
+  if (event.type === "drop" && $("import").open) upload(true, event.dataTransfer.files);
 };
-search.oninput = () => {
-  clearTimeout(search.timer);
-  search.timer = setTimeout(() => go("q", search.value), 150);
-};
+search.oninput = () => // once it has not changed for a while
+  setTimeout((text) => search.value === text && q !== text && go({ q: text }), 150, search.value);
 $("form").onsubmit = (event) => save(event.preventDefault());
 $("file").onchange = $("conflict").onchange = () => upload(true);
 onscroll = () => requestAnimationFrame(() => list());
@@ -5012,10 +4982,9 @@ PAGE_HTML = r"""
 </header>
 <nav id="menu" popover aria-label="More">
   <button class="write" data-act="bring" aria-keyshortcuts="i" autofocus>Import…</button>
-  <a data-format="csv" download="users.csv">Export as CSV</a>
-  <a data-format="ndjson" download="users.ndjson">Export as NDJSON</a>
-  <a href="$prefix/docs">API reference</a>
-  <button id="leave" data-act="leave">Log out</button>
+  <a download="users.csv">Export as CSV</a>
+  <a download="users.ndjson">Export as NDJSON</a>
+  <a href="$prefix/docs">API reference</a> <button id="leave" data-act="leave">Log out</button>
   <p>Keys, where no text is typed: <kbd>/</kbd> search, <kbd>n</kbd> new user, <kbd>i</kbd>
     import, <kbd>u</kbd> undo, <kbd>Esc</kbd> unselect, <kbd>?</kbd> this menu</p>
 </nav>
@@ -5029,17 +4998,20 @@ PAGE_HTML = r"""
   </thead><tbody id="rows" role="rowgroup"></tbody></table>
   <section id="state" role="status"><p id="note"></p><button id="remedy"></button></section>
 </main>
-<section id="bulk" aria-label="Selected users" hidden><b id="chosen" role="status"></b>
-  <a data-format="csv" download="users.csv">CSV</a>
-  <a data-format="ndjson" download="users.ndjson">NDJSON</a>
-  <button class="danger write" data-act="remove">Delete…</button>
-  <button data-act="unselect" aria-keyshortcuts="Escape" aria-label="Unselect all">×</button>
-</section>
-<div id="toast" role="status"><span id="said"></span>
-  <button id="undo" data-act="undo" aria-keyshortcuts="u">Undo</button></div>
+<div id="float">
+  <div id="toast" role="status"><span id="said"></span>
+    <button id="undo" data-act="undo" aria-keyshortcuts="u">Undo</button></div>
+  <section id="bulk" aria-label="Selected users" hidden><b id="chosen" role="status"></b>
+    <a download="users.csv">CSV</a>
+    <a download="users.ndjson">NDJSON</a>
+    <button class="danger write" data-act="remove">Delete…</button>
+    <button data-act="unselect" aria-keyshortcuts="Escape" aria-label="Unselect all">×</button>
+  </section>
+</div>
 <dialog id="form" aria-labelledby="form-title"><form novalidate>
   <h2 id="form-title" dir="auto"></h2>
-  <div id="versions"><div id="fields"></div><fieldset id="other" disabled></fieldset></div>
+  <div id="versions"><div id="fields" role="group" aria-label="Yours"></div>
+    <fieldset id="other" aria-label="Theirs" disabled></fieldset></div>
   <footer><p id="form-error" class="error" role="alert"></p>
     <button id="delete" type="button" class="danger write" data-act="delete">Delete…</button>
     <button type="button" data-act="close">Cancel</button>
@@ -5133,19 +5105,19 @@ nav { position: sticky; top: 0; height: 100dvh; overflow: auto; padding: 2rem 0.
 nav a { display: block; color: inherit; font-size: 0.8125rem; text-decoration: none; }
 main { padding: 2rem 0; }
 h1 { font-size: 1.5rem; }
-article { padding: 1.5rem 0; border-top: 1px solid var(--line); }
+article { padding: 1.5rem 0; border-top: thin solid var(--line); }
 td { padding: 0.25rem 1rem 0.25rem 0; vertical-align: top; }
 code, pre, output, textarea, b { font: 0.8125rem/1.6 ui-monospace, monospace; }
 b, summary { color: var(--accent); font-weight: 600; cursor: pointer; }
 pre, output, textarea {
   display: block; width: 100%; margin: 0.5rem 0; padding: 0.75rem 1rem;
-  border: 1px solid var(--edge); border-radius: 8px; background: var(--top);
+  border: thin solid var(--edge); border-radius: 8px; background: Canvas;
   color: inherit; white-space: pre-wrap;
 }
 textarea { min-height: 8rem; }
 @media (max-width: 60rem) {
   body { display: block; }
-  nav { position: static; height: 14rem; border-bottom: 1px solid var(--line); }
+  nav { position: static; height: 14rem; border-bottom: thin solid var(--line); }
 }
 """
 
