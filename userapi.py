@@ -4208,7 +4208,7 @@ def given(schema: Item, *, made_up: Item, **other: Any) -> Item:
     return {**schema, "if": made_up, "else": other or GIVEN}
 
 
-#: schemas of parameters in some operations, by method or path
+#: the schemas of parameters that are narrower with a method
 NARROWED: dict[tuple[str, str], Item] = {
     ("GET", "after"): given(NULLABLE, made_up={"type": "null"}, minLength=16, **GIVEN),
     ("DELETE", "id"): {**ID_LIST, "uniqueItems": True},
@@ -4373,13 +4373,10 @@ def body_of(found: Operation, form: Form) -> Item:
     example = {"items": [item]} if how.endswith("Each") else {"item": item}
     content: Item = {m: {"schema": schema, "example": example} for m in found.takes}
     if CSV in content:
-        columns = [field for field in USER.columns if field.csv]
-        rows = [[f.name for f in columns], [f.example for f in columns]]
-        text = csv_lines(rows).decode()
-        content[CSV] = {
-            "schema": given(STRING, made_up={"const": text}),
-            "example": text,
-        }
+        names = [name for name in CSV_MEMBERS if name in item]
+        text = csv_lines([names, [item[name] for name in names]]).decode()
+        content[CSV] = {"schema": given(STRING, made_up={"const": text})}
+        content[CSV]["example"] = text
     if NDJSON in content:  # without an example, as Schemathesis cannot send it
         text = f"Lines like {to_json(item).decode()}"
         content[NDJSON] = {"schema": {**STRING, "description": text}}
@@ -4557,19 +4554,16 @@ def checks_of(told: Item) -> Item:
 def postman_call(method: str, path: str, told: Item, id: str = "{{user}}") -> Item:
     """The request that an operation of the OpenAPI document is in Postman."""
     at, own = path.format(id=id, n=1), "1" if "/{id}" in path else "{{user}}"
-    parameters = told["parameters"]
-    query = [
-        {
-            "key": each["name"], "description": each["description"],
-            "value": own * each["required"], "disabled": not each["required"],
-        }
-        for each in parameters if each["in"] == "query"
-    ]  # fmt: skip
-    used = "".join(f"?{q['key']}={q['value']}" for q in query if q["value"])
-    url = {"raw": f"{{{{baseUrl}}}}{at}{used}", "host": ["{{baseUrl}}"], "query": query}
-    url["path"] = at[1:].split("/")
-    match = any(each["name"] == "If-Match" for each in parameters)
-    header = [{"key": "If-Match", "value": "*"}] if match else []
+    url: Item = {"raw": "{{baseUrl}}" + at, "host": ["{{baseUrl}}"], "query": []}
+    url["path"], header = at[1:].split("/"), []
+    for each in told["parameters"]:
+        name, needed = each["name"], each["required"]
+        if each["in"] == "query":
+            pair = {"key": name, "value": own * needed, "disabled": not needed}
+            url["query"].append({**pair, "description": each["description"]})
+            url["raw"] += f"?{name}={own}" * needed
+        elif name == "If-Match":
+            header.append({"key": name, "value": "*"})
     request: Item = {"method": method.upper(), "url": url, "header": header}
     answers = ", ".join(told["responses"])
     request["description"] = f"{told['summary']} Answers {answers}."
