@@ -4460,6 +4460,9 @@ WIRE = [
     (f"{CHUNKED}5 |hello|0||", [400]),
     (f"{CHUNKED}5\nhello|0||", [400]),
     (f"{CHUNKED}5;{'x' * 2000}", [400]),
+    (f"{CHUNKED}{SIZE:04x};{'x' * 1017}|{JSON_BODY}|0||", [201]),
+    (f"{CHUNKED}{SIZE:04x};{'x' * 1018}|{JSON_BODY}|0||", [400]),
+    ("||", [400]),
     (f"{CHUNKED}ffffffff|", [413]),
     (f"{CHUNKED}fffffffff|", [400]),
     ("GET /hea", []),
@@ -4652,6 +4655,18 @@ def test_a_limit_counts_the_same_wherever_a_piece_ends(db, first, rest, limits):
         wait_until(lambda: first in [one.buffer for one in server.connections])
         sock.sendall(rest)
         assert statuses(hear(sock)) in ([200], [404])
+
+
+def test_a_chunked_body_may_be_cut_anywhere(db):
+    head, rest = (CHUNKED, f"{HALVES}X-Trailer: 1||")
+    head, rest = (part.replace("|", "\r\n").encode() for part in (head, rest))
+    with hosting(UserAPI(str(db))) as (server, url):
+        for cut in range(len(rest)):
+            with dial(url) as sock:
+                sock.sendall(head + rest[:cut])
+                pass_a_second(server)
+                sock.sendall(rest[cut:])
+                assert statuses(sock.recv(65536)) == [201], rest[:cut]
 
 
 def test_connections_and_bodies_in_flight_are_bounded(db):
