@@ -2517,11 +2517,9 @@ class Postgres:
     def execute(self, sql: str, values: Sequence[Any] = ()) -> Any:
         text = translate(sql)
         try:
-            if not text:
-                return iter(())
-            if self.begun and sql != BEGIN:
+            if text and self.begun and sql != BEGIN:
                 return self.raw.execute(text, values or None)
-            return self.begin(text, values, sql == BEGIN)
+            return self.begin(text, values, sql == BEGIN) if text else iter(())
         except self.driver.Error as fault:
             raise self.fault(fault) from fault
         finally:
@@ -2545,17 +2543,19 @@ class Postgres:
                 self.open()
 
     def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Many at once; new rows by COPY, which is the quickest."""
+        """Many at once; many new rows by COPY, which is the quickest."""
         rows, copied = list(rows), COPIED.fullmatch(sql)
+        if len(rows) == 1:
+            self.execute(sql, rows[0])
+            return
         try:
-            with self.raw.cursor() as cursor:
-                if not copied or len(rows) < 20:
-                    cursor.executemany(translate(sql), rows)
-                    return
-                table = translate(copied[1])
-                with cursor.copy(f"COPY {table} FROM STDIN") as copy:
-                    for row in rows:
-                        copy.write_row(row)
+            cursor = self.raw.cursor()
+            if not copied or len(rows) < 20:
+                cursor.executemany(translate(sql), rows)
+                return
+            with cursor.copy(f"COPY {translate(copied[1])} FROM STDIN") as copy:
+                for row in rows:
+                    copy.write_row(row)
         except self.driver.Error as fault:
             raise self.fault(fault) from fault
 
@@ -2589,14 +2589,11 @@ class PostgresStore(Store):
         try:
             ((version,),) = db.execute("PRAGMA user_version")
         except sqlite3.OperationalError as fault:
-            lines = [
-                line for line in str(fault.__cause__).splitlines() if line[:1] > " "
-            ]
-            raise Problem(503, f"cannot be opened: {lines[-1]}") from fault
-        if version < 0:
-            raise Problem(503, "has another program's table users")
-        if version > len(MIGRATIONS):
-            raise Problem(503, "was written by a newer userapi")
+            told = re.split(r"\n(?!\s)", str(fault.__cause__).strip())[-1]
+            raise Problem(503, f"cannot be opened: {' '.join(told.split())}") from fault
+        if not 0 <= version <= len(MIGRATIONS):
+            whose = "a newer userapi" if version > 0 else "another program"
+            raise Problem(503, f"its table users is of {whose}")
         self._migrate(db)
         return db
 
