@@ -4459,10 +4459,12 @@ WIRE = [
     (f"{CHUNKED}-5|hello|0||", [400]),
     (f"{CHUNKED}5 |hello|0||", [400]),
     (f"{CHUNKED}5\nhello|0||", [400]),
+    (f"{CHUNKED}5\nhello", [400]),
     (f"{CHUNKED}5;{'x' * 2000}", [400]),
     (f"{CHUNKED}{SIZE:04x};{'x' * 1017}|{JSON_BODY}|0||", [201]),
     (f"{CHUNKED}{SIZE:04x};{'x' * 1018}|{JSON_BODY}|0||", [400]),
     ("||", [400]),
+    (f"GET /health?x=1 HTTP/1.1|{AT}|", [400]),
     (f"{CHUNKED}ffffffff|", [413]),
     (f"{CHUNKED}fffffffff|", [400]),
     ("GET /hea", []),
@@ -4626,8 +4628,8 @@ def test_deadlines(db):
         assert statuses(head.recv(65536)) == [200]
         head.sendall(ASK_HEALTH[:-2] + b"X: ")
         assert drip(server, head) >= 0.3
-        body.sendall(JSON_POST.replace("|", "\r\n").encode())
-        body.sendall(b"Content-Length: 5000\r\n\r\nhalf")
+        half = f"{JSON_POST}Content-Length: 5000||half"
+        body.sendall(half.replace("|", "\r\n").encode())
         assert drip(server, body) >= 0.3
         assert not readable(idle)
         server.settings.idle_timeout = 0.1
