@@ -4462,6 +4462,7 @@ WIRE = [
     (f"{CHUNKED}5\nhello", [400]),
     (f"{CHUNKED}|0||", [400]),
     (f"{CHUNKED}{HALVES}X: a\nb", [400]),
+    (f"{CHUNKED}{HALVES}X: a|content-length: 5||", [400]),
     (f"{CHUNKED}5;{'x' * 2000}", [400]),
     (f"{CHUNKED}{SIZE:04x};{'x' * 1017}|{JSON_BODY}|0||", [201]),
     (f"{CHUNKED}{SIZE:04x};{'x' * 1018}|{JSON_BODY}|0||", [400]),
