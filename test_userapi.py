@@ -5426,25 +5426,41 @@ def test_a_database_that_is_not_there(capfd, tmp_path, monkeypatch, argv):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals there")
-def test_a_terminal_gets_a_progress_bar(db, tmp_path):
+def test_a_terminal_gets_a_progress_bar(db):
+    """Rows are sent for as long as it takes to be told of them."""
     import pty
 
-    source = tmp_path / "in.csv"
-    source.write_text("name,mail\n" + "A,a@b\n" * 20_000)
     ours, theirs = pty.openpty()
-    done_ = subprocess.Popen(
-        [*PROGRAM, "import", str(source), "--db", str(db)],
-        stdout=subprocess.DEVNULL,
-        stderr=theirs,
+    args = [*PROGRAM, "import", "-", "--db", str(db)]
+    process = subprocess.Popen(
+        args, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=theirs
     )
     os.close(theirs)
-    text = b""
-    with contextlib.suppress(OSError), open(ours, "rb", buffering=0) as terminal:
-        while part := terminal.read(4096):  # ends in an error once they are gone
-            text += part
-    assert done_.wait(60) == 0
-    assert re.search(rb"\r.*\d+ rows, \d+/s, \d+ s left", text)
-    assert b"\n" not in text
+    with process, open(ours, "rb", buffering=0) as terminal:
+        process.stdin.write(b"name,mail\n")
+        while not readable(terminal):
+            process.stdin.write(b"A,a@b\n" * 1000)
+        text = terminal.read(4096)
+        process.stdin.close()
+        with contextlib.suppress(OSError):  # which is how it ends
+            while part := terminal.read(4096):
+                text += part
+        assert process.wait(60) == 0
+    assert re.match(rb"\r\[[# ]{30}\] \d+ rows, \d+/s, \d+ s left ", text)
+    assert text.endswith(b"\r\x1b[K") and b"\n" not in text
+
+
+def test_a_progress_bar_says_how_much_is_left(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = userapi.Progress("rows", 400)
+    progress.show(50, 100)
+    assert terminal.getvalue() == "", "not before a tenth of a second"
+    progress.began = progress.shown = time.monotonic() - 10
+    progress.show(50, 100)
+    bar = "#" * 7 + " " * 23
+    assert terminal.getvalue() == f"\r[{bar}] 50 rows, 5/s, 30 s left "
 
 
 def test_import_names_the_bad_lines_and_keeps_nothing(command, client, tmp_path):
