@@ -4673,7 +4673,8 @@ footer {
 }
 footer p { width: 100%; margin: 0; }
 #delete { margin-inline-end: auto; }
-:has(> #other:empty) ~ footer #theirs, #other:empty, #other button, p:empty { display: none; }
+#other:empty, #other button, p:empty { display: none; }
+#list:has(+ #state > p:not(:empty)) { margin-block: 0 !important; }
 .field { display: block; margin-top: 0.75rem; color: var(--soft); font-size: 0.8125rem; }
 :is(.field, header) :is(input, select), progress { display: block; width: 100%; }
 .field :is(input, select) { margin-top: 0.25rem; color: CanvasText; font-size: 1rem; }
@@ -4710,7 +4711,7 @@ const $ = (id) => document.getElementById(id), { base, seq } = document.body.dat
 const home = location.origin + base, api = `${home}/api/v2/user`;
 const body = $("rows"), search = $("search"), selected = new Map(); // users by id
 const SIZE = 100; // users a page
-let q, sort, pages, near, origin, total, latest, stream, timer, since = seq; // the list
+let q, sort, pages, origin, total, shown, latest, stream, timer, since = seq; // the list
 let user, sent, doomed, undo; // of the form, the question, the message
 const who = (users) => users[1] ? `${users.length} users` : `\u2068${users[0].name}\u2069`;
 const match = ({ version }) => ({ "If-Match": `"${version}"` });
@@ -4721,6 +4722,7 @@ function show(texts) { // what stands there already is not told again
 function note(note, remedy = "Try again", act = restart) { // in the list's place
   show({ note, remedy });
   $("remedy").onclick = () => act();
+  if (note) body.replaceChildren();
 }
 function done(said, back) { // a passing message, with an undo while it lasts
   for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close();
@@ -4755,33 +4757,36 @@ function go(change) { // to another search or order; typing is one step of the h
   scrollTo(0, 0);
   restart();
 }
-async function list(anew) {
-  if (anew) [near, timer] = [{}, null]; // the answers, by number of page
-  const asked = (latest = {}), rows = [], tall = SIZE * (body.rows[0]?.offsetHeight ?? 48);
-  const first = Math.max(0, Math.min(pages.length - 1, Math.floor((scrollY - innerHeight) / tall)));
-  let end = first;
+async function list(anew) { // the pages near the view, when they are others than before
+  const tall = SIZE * (body.rows[0]?.offsetHeight ?? 48), known = pages.length - 1;
+  const first = Math.max(0, Math.min(known, Math.floor((scrollY - innerHeight) / tall)));
+  const last = Math.floor((scrollY + 2 * innerHeight) / tall), view = `${first} ${last}`;
   if (origin && !scrollY) return restart();
   if (first > 4000) { // browsers lay out 33 million pixels: drop what is far above
-    [pages, near, origin] = [pages.slice(2000), {}, origin + 2000];
+    [pages, origin] = [pages.slice(2000), origin + 2000];
     return scrollBy(0, -2000 * tall);
   }
-  for (; end < pages.length && end * tall <= scrollY + 2 * innerHeight; end++) {
-    const got = await (near[end] ??= call("GET", pages[end]));
-    if (asked !== latest) return; // the answer to an older question never wins
-    if (got.status) return note(why(got), body.replaceChildren());
+  if (view === shown && !anew) return;
+  const rows = (latest = []);
+  [shown, timer] = [view, null];
+  let n = first;
+  for (; n <= last && n < pages.length; n++) {
+    const got = await call("GET", pages[n]);
+    if (rows !== latest) return; // the answer to an older question never wins
+    if (got.status) return note(why(got));
     rows.push(...got.results.map(row));
     total = got.total ?? total; // as of the first page
-    if (got.next) pages[end + 1] = location.origin + got.next.replace("&count=true", "");
-    else pages.length = end + 1;
+    if (got.next) pages[n + 1] = location.origin + got.next.replace("&count=true", "");
+    else pages.length = n + 1;
   }
-  for (const n in near) if (n < first || n >= end) delete near[n];
-  $("list").style.marginBlock = `${first * tall}px ${(pages.length - end) * tall}px`;
-  if (rows.length !== body.rows.length || rows.some((tr, n) => tr !== body.rows[n])) {
-    const active = document.activeElement;
-    body.replaceChildren(...rows);
-    active.focus({ preventScroll: true }); // who had it keeps it
-  }
-  rows.forEach((tr, n) => (tr.ariaRowIndex = (origin + first) * SIZE + n + 2));
+  $("list").style.marginBlock = `${first * tall}px ${(pages.length - n) * tall}px`;
+  paint(rows, (origin + first) * SIZE + 2);
+}
+function paint(rows, index) {
+  const active = document.activeElement;
+  body.replaceChildren(...rows);
+  active.focus({ preventScroll: true }); // who had it keeps it
+  rows.forEach((tr, n) => (tr.ariaRowIndex = index + n));
   $("list").ariaRowCount = total + 1;
   show({ count: total.toLocaleString() + (q ? " found" : "") });
   choose([]);
@@ -4803,11 +4808,11 @@ function row(user) {
 }
 function choose(users, on) { // select or unselect these, and show what is selected
   for (const one of users) selected[on ? "set" : "delete"](one.id, one);
-  for (const tr of body.rows) tr.querySelector("input").checked = selected.has(tr.user.id);
-  const some = selected.size > 0, every = [...body.rows].every((tr) => selected.has(tr.user.id));
-  [$("all").checked, $("all").indeterminate] = [some && every, some && !every];
+  const boxes = [...body.querySelectorAll("input")], some = selected.size > 0;
   const what = `${some ? `${api}?id=${[...selected.keys()]}` : query()}&format=`;
   for (const a of document.querySelectorAll("[download]")) a.href = what + a.download.slice(6);
+  for (const box of boxes) box.checked = selected.has(box.closest("tr").user.id);
+  $("all").checked = some && boxes.every((box) => box.checked);
   $("bulk").hidden = !some;
   show({ chosen: `${selected.size} selected` });
 }
@@ -4842,10 +4847,10 @@ function edit(one) {
   $("fields").replaceChildren(sheet("user", one));
   $("other").replaceChildren();
   show({ "form-title": one?.name ?? "New user", "form-error": "" });
-  $("form").close();
   $("form").showModal();
 }
-async function save() {
+async function save(event) {
+  event.preventDefault();
   const content = JSON.stringify({ item: read($("fields").firstChild) });
   if (sent.content !== content) sent = { content, key: `${Date.now()}-${Math.random()}` };
   const got = user
@@ -4861,7 +4866,7 @@ async function clash() { // someone was faster: what they saved is shown beside
   if (got.status) return blame(got);
   [user] = got.results;
   $("other").replaceChildren(sheet("user", user));
-  blame({ detail: "Someone else saved first. Save yours, or take theirs." });
+  blame({ detail: "Someone else saved first. Save yours, or cancel and keep theirs." });
 }
 function blame({ detail, errors = [] }) { // each error stands at what its pointer names
   show({ "form-error": detail });
@@ -4891,13 +4896,13 @@ async function erase() {
   done(gone[0] ? `${text}Deleted ${who(gone)}` : text, gone[0] && (() => restore(gone)));
 }
 async function restore(users) { // as lines of an import, which keep ids and times
+  $("undo").hidden = true;
   const lines = users.map((one) => JSON.stringify(one)).join("\n");
   const got = await call("POST", api, lines, { "Content-Type": "application/x-ndjson" });
   done(got.detail ?? `Restored ${who(users)}`);
 }
 function bring() { // a file
   $("import").querySelector("form").reset();
-  $("upload").disabled = true;
   $("import").showModal();
 }
 async function upload(dry, files = $("file").files) {
@@ -4929,8 +4934,7 @@ const acts = { // of the buttons, by their data-act
   leave,
   remove: () => remove([...selected.values()]),
   sort: ({ value }) => go({ sort: sort === value ? `-${value}` : value }),
-  theirs: () => edit(user),
-  undo: () => undo(show({ said: "" })),
+  undo: () => undo(),
   unselect: () => choose([...selected.values()], false),
   upload: () => upload(false),
 };
@@ -4956,7 +4960,7 @@ document.ondragover = document.ondrop = (event) => {
 };
 search.oninput = () => // once it has not changed for a while
   setTimeout((text) => search.value === text && q !== text && go({ q: text }), 150, search.value);
-$("form").onsubmit = (event) => save(event.preventDefault());
+$("form").onsubmit = save;
 $("file").onchange = $("conflict").onchange = () => upload(true);
 onscroll = () => requestAnimationFrame(() => list());
 onpopstate = restart;
@@ -4993,8 +4997,7 @@ PAGE_HTML = r"""
   <div id="toast" role="status"><span id="said"></span>
     <button id="undo" data-act="undo" aria-keyshortcuts="u">Undo</button></div>
   <section id="bulk" aria-label="Selected users" hidden><b id="chosen" role="status"></b>
-    <a download="users.csv">CSV</a>
-    <a download="users.ndjson">NDJSON</a>
+    <a download="users.csv">CSV</a> <a download="users.ndjson">NDJSON</a>
     <button class="danger write" data-act="remove">Delete…</button>
     <button data-act="unselect" aria-keyshortcuts="Escape" aria-label="Unselect all">×</button>
   </section>
@@ -5006,7 +5009,6 @@ PAGE_HTML = r"""
   <footer><p id="form-error" class="error" role="alert"></p>
     <button id="delete" type="button" class="danger write" data-act="delete">Delete…</button>
     <button type="button" data-act="close">Cancel</button>
-    <button id="theirs" type="button" data-act="theirs">Take theirs</button>
     <button class="primary write">Save</button></footer>
 </form></dialog>
 <dialog id="import" aria-labelledby="import-title"><form method="dialog">
