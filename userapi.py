@@ -4176,7 +4176,8 @@ PROBLEM_HEADERS.update(dict.fromkeys((429, 503, 507), ["Retry-After"]))
 #: no parameter: no schema can say that a key goes with one body and without dry_run
 IDEMPOTENCY_KEY = (
     " With a header Idempotency-Key (1 to 255 visible ASCII characters) a request is"
-    " done once within a day, and its repetition answered as it was; not with dry_run."
+    " done once within a day; its repetition is answered as it was, with a header"
+    " Idempotency-Replayed: true. Not together with dry_run."
 )
 HOW = {"POST": "Create", "PUT": "Replace", "PATCH": "Merge"}
 #: how items are sent; of Each, many in one request, and each names its id
@@ -4477,6 +4478,7 @@ def openapi(prefix: str = "") -> Item:
         path = re.sub("<(.+?):id>", r"{\1}", route)
         told = resource.operations.items()
         paths[path] = {m.lower(): describe(found, path, resource) for m, found in told}
+    tags = {told["tags"][0]: None for each in paths.values() for told in each.values()}
     about = (__doc__ or "").split("\n\n")[1].replace("\n", " ")
     about += " Every GET also answers HEAD, and every URI OPTIONS, with Allow."
     info: Item = {"title": "userapi", "version": __version__, "description": about}
@@ -4486,10 +4488,11 @@ def openapi(prefix: str = "") -> Item:
     return {
         "openapi": "3.1.0", "info": info, "servers": [{"url": prefix or "/"}],
         "security": [{}, *({name: []} for name in schemes)], "paths": paths,
+        "tags": [{"name": name} for name in tags],
         "components": {
             "schemas": schemas(), "responses": problems, "securitySchemes": schemes,
         },
-        "x-given": {"pattern": r"^\p{Any}*$"},
+        "x-given": {"description": "Given, not made up.", "pattern": r"^\p{Any}*$"},
     }  # fmt: skip
 
 

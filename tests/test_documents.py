@@ -157,6 +157,8 @@ def test_every_route_is_an_operation_and_every_operation_is_a_route():
     assert {(path, method) for path, method, _ in OPERATIONS} == routed
     ids = [told["operationId"] for *_, told in OPERATIONS]
     assert len(set(ids)) == len(ids)
+    tags = {tag["name"] for tag in DOCUMENT["tags"]}
+    assert tags == {tag for *_, told in OPERATIONS for tag in told["tags"]}
     for known in userapi.OPERATIONS:
         versions = ("", "_v1", "_v2") if known.path[:5] in ("/user", "/chan") else ("",)
         assert {known.name + version for version in versions} <= set(ids)
