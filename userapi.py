@@ -2409,30 +2409,33 @@ def nothing_there(kind: str, ids: Sequence[int]) -> Problem:
 # What PostgreSQL does otherwise
 
 BEGIN = "BEGIN IMMEDIATE"
+#: to write: one at a time, and nobody who stands still or was cut off for long
+_LOCK = (
+    "BEGIN READ WRITE; SET LOCAL lock_timeout = '5s';"
+    " SET LOCAL idle_in_transaction_session_timeout = '30s';"
+    f" SELECT pg_advisory_xact_lock({APPLICATION_ID}, hashtext(current_schema()))"
+)
 _HERE = "relnamespace = current_schema()::regnamespace"
-_LOCK = f"pg_advisory_xact_lock({APPLICATION_ID}, hashtext(current_schema()))"
+_VERSION = r"substring(obj_description(oid, 'pg_class') FROM '^userapi ([0-9]+)$')::int"
 #: from SQLite's words (patterns) to PostgreSQL's; `/*pg …*/` is for the latter alone
 DIALECT = (
     (r"(?s)^(CREATE TRIGGER|UPDATE users SET version = 1,).*", ""),
-    (BEGIN, f"BEGIN READ WRITE; SET LOCAL lock_timeout = '5s'; SELECT {_LOCK}"),
-    (
-        r"^PRAGMA user_version$",
-        "SELECT coalesce(max(coalesce(substring(obj_description(oid, 'pg_class')"
-        f" FROM '^userapi ([0-9]+)$')::int, -1)), 0) FROM pg_class WHERE {_HERE}"
-        " AND relname = 'users'",
-    ),
+    (BEGIN, _LOCK),
+    (r"^PRAGMA user_version$", f"SELECT coalesce(max(coalesce({_VERSION}, -1)), 0)"
+        f" FROM pg_class WHERE {_HERE} AND relname = 'users'"),
     (r"^PRAGMA user_version = (\d+)", r"COMMENT ON TABLE users IS 'userapi \1'"),
-    (
-        r"^PRAGMA table_info\((\w+)\)",
-        r"SELECT 0, attname FROM pg_attribute WHERE attrelid = '\1'::regclass",
-    ),
-    (
-        r"^PRAGMA index_list\((\w+)\)",
-        "SELECT 0, relname FROM pg_class JOIN pg_index ON indexrelid = oid"
-        r" WHERE indrelid = '\1'::regclass",
-    ),
+    (r"^PRAGMA table_info\((\w+)\)",
+        r"SELECT 0, attname FROM pg_attribute WHERE attrelid = '\1'::regclass"),
+    (r"^PRAGMA index_list\((\w+)\)", "SELECT 0, relname FROM pg_class JOIN pg_index"
+        r" ON indexrelid = oid WHERE indrelid = '\1'::regclass"),
     (r"^PRAGMA integrity_check.*", "SELECT 'ok'"),
     (r"^PRAGMA.*", ""),
+    (r"^SELECT type, name, sql FROM sqlite_master.*",
+        "SELECT 'INDEX', indexname, indexdef FROM pg_indexes WHERE schemaname ="
+        " current_schema() AND tablename = 'users' AND indexname LIKE 'users_by_%'"),
+    (r"^SELECT name FROM sqlite_master$",
+        f"SELECT relname FROM pg_class WHERE {_HERE} UNION ALL SELECT tgname"
+        f" FROM pg_trigger JOIN pg_class AS c ON c.oid = tgrelid WHERE c.{_HERE}"),
     (r" INTEGER PRIMARY KEY AUTOINCREMENT", " bigint PRIMARY KEY"),
     (r"(?<! AS) INTEGER\b", " bigint"),
     (r"(?<! AS) TEXT\b", ' text COLLATE "C"'),
@@ -2441,28 +2444,20 @@ DIALECT = (
     (r"(?s)/\*pg (.*?)\*/", r"\1"),
     (r"group_concat\(", "string_agg("),
     (r'(?<!["\w])user(?=,| bigint| \|\|)', '"user"'),  # a reserved word
-    (
-        r"^SELECT type, name, sql FROM sqlite_master.*",
-        "SELECT 'INDEX', indexname, indexdef FROM pg_indexes WHERE schemaname ="
-        " current_schema() AND tablename = 'users' AND indexname LIKE 'users_by_%'",
-    ),
-    (
-        r"^SELECT name FROM sqlite_master$",
-        f"SELECT relname FROM pg_class WHERE {_HERE} UNION ALL SELECT tgname"
-        f" FROM pg_trigger JOIN pg_class AS c ON c.oid = tgrelid WHERE c.{_HERE}",
-    ),
-    (
-        r"instr\((\w+), \?\) > 0",
-        r"\1 LIKE '%' || regexp_replace(?, '([\\\\%_])', '\\\\\\1', 'g') || '%'",
-    ),
-)
+    (r"instr\((\w+), \?\) > 0",
+        r"\1 LIKE '%' || regexp_replace(?, '([\\\\%_])', '\\\\\\1', 'g') || '%'"),
+)  # fmt: skip
 #: from an SQLSTATE to words that SQLite has for it
-SQLSTATES = {"55P03": "locked", "40001": "locked", "40P01": "locked", "53100": "full"}
-SQLSTATES.update(dict.fromkeys(("0A000", "25006", "42501"), "readonly"))
-SQLSTATES.update(dict.fromkeys(("XX001", "XX002", "42P01"), "malformed"))
+SQLSTATES = {
+    "55P03": "locked", "40001": "locked", "40P01": "locked", "53100": "full",
+    "0A000": "readonly", "25006": "readonly", "42501": "readonly",
+    "XX001": "malformed", "XX002": "malformed", "42P01": "malformed",
+}  # fmt: skip
 #: how long to wait for a server that does not answer, where the URL does not say
-PATIENCE = {"connect_timeout": 3, "keepalives_idle": 5, "keepalives_interval": 2}
-PATIENCE.update(keepalives_count=3, tcp_user_timeout=10_000)
+PATIENCE = {
+    "connect_timeout": 3, "tcp_user_timeout": 10_000,
+    "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3,
+}  # fmt: skip
 COPIED = re.compile(r"INSERT INTO (\w+ \([^()]*\)) VALUES \([?, ]*\)")
 
 
@@ -3300,8 +3295,14 @@ def show_page(
     if len(body) < 16384:
         pages[key] = seq, (body, headers)
         if len(pages) > 100:
-            pages.pop(next(iter(pages)), None)
+            drop_eldest(pages)
     return body, headers
+
+
+def drop_eldest(kept: dict[Any, Any]) -> None:
+    """Away with the first entry, whatever other threads do with the rest."""
+    for key in list(kept)[:1]:
+        kept.pop(key, None)
 
 
 def next_uri(call: Call, query: Query, page: Page) -> str | None:
@@ -3815,7 +3816,7 @@ class Guard:
         tried = len(times)
         self.failures[address] = times  # at the end, so that the eldest stands first
         if len(self.failures) > 1000:
-            self.failures.pop(next(iter(self.failures)), None)
+            drop_eldest(self.failures)
         if tried >= 10:
             after = [("Retry-After", str(int(61 - (now - times[0]))))]
             return Problem(429, "too many wrong tokens", headers=after)
