@@ -5101,17 +5101,15 @@ body { display: grid; grid-template-columns: 16rem minmax(0, 1fr); gap: 3rem; }
 nav { position: sticky; top: 0; height: 100dvh; overflow: auto; padding: 2rem 0.25rem; }
 nav a { display: block; color: inherit; font-size: 0.8125rem; text-decoration: none; }
 main { padding: 2rem 0; }
-h1 { font-size: 1.5rem; }
 article { padding: 1.5rem 0; border-top: thin solid var(--line); }
-td { padding: 0.25rem 1rem 0.25rem 0; vertical-align: top; }
-code, pre, output, textarea, b { font: 0.8125rem/1.6 ui-monospace, monospace; }
-b, summary { color: var(--accent); font-weight: 600; cursor: pointer; }
-pre, output, textarea {
+form { display: grid; grid: auto / repeat(auto-fill, minmax(16rem, 1fr)); gap: 0 1rem; }
+form > :not(label) { grid-column: 1 / -1; justify-self: start; margin-top: 0.75rem; }
+b, code, pre, output, textarea { font: 0.8125rem/1.6 ui-monospace, monospace; }
+b { color: var(--accent); font-weight: 600; }
+pre, output:not(:empty), textarea {
   display: block; width: 100%; margin: 0.5rem 0; padding: 0.75rem 1rem;
-  border: thin solid var(--edge); border-radius: 8px; background: Canvas;
-  color: inherit; white-space: pre-wrap;
+  border: thin solid var(--edge); border-radius: 8px; white-space: pre-wrap;
 }
-textarea { min-height: 8rem; }
 @media (max-width: 60rem) {
   body { display: block; }
   nav { position: static; height: 14rem; border-bottom: thin solid var(--line); }
@@ -5120,19 +5118,17 @@ textarea { min-height: 8rem; }
 
 DOCS_SCRIPT = r"""
 "use strict";
-async function send(form) {
-  const { method, path } = form.dataset, query = new URLSearchParams(), headers = {};
-  const area = form.querySelector("textarea");
+async function send({ dataset: { method, path }, elements }) {
+  const query = new URLSearchParams(), headers = { "Content-Type": "application/json" };
   let url = location.origin + path;
-  for (const { name, value, dataset } of form.querySelectorAll("input")) {
-    if (dataset.in === "path")
-      url = url.replace(`{${name}}`, encodeURIComponent(value));
-    else if (value && dataset.in === "header") headers[name] = value;
-    else if (value) query.append(name, value);
+  for (const { name, value, dataset: { in: place } } of elements) {
+    if (place === "path") url = url.replace(`{${name}}`, encodeURIComponent(value));
+    else if (place === "header" && value) headers[name] = value;
+    else if (place === "query" && value) query.append(name, value);
   }
-  if (area) headers["Content-Type"] = "application/json";
-  const got = await fetch(`${url}?${query}`, { method, headers, body: area?.value });
-  const head = [...got.headers].map(([name, value]) => `${name}: ${value}`).join("\n");
+  const body = elements.body?.value;
+  const got = await fetch(`${url}?${query}`, { method, headers, body });
+  const head = [...got.headers].map((pair) => pair.join(": ")).join("\n");
   const text = (await got.text()).slice(0, 20000); // a list may be long
   return `${got.status} ${got.statusText}\n${head}\n\n${text}`;
 }
@@ -5142,16 +5138,16 @@ document.onsubmit = async (event) => {
   output.value = await send(event.target).catch(() => "The server did not answer.");
 };
 document.onclick = ({ target }) => {
-  const curl = target.closest(".copy")?.previousElementSibling;
-  if (curl) document.execCommand("copy", getSelection().selectAllChildren(curl));
+  if (target.className !== "copy") return;
+  getSelection().selectAllChildren(target.previousElementSibling);
+  document.execCommand("copy");
 };
 """
 
 DOCS_HTML = r"""
 <nav aria-label="Operations">
   <a href="$prefix/">← Users</a>
-  <a href="$prefix/openapi.json">OpenAPI</a>
-  <a href="$prefix/postman.json">Postman</a>
+  <a href="$prefix/openapi.json">OpenAPI</a> <a href="$prefix/postman.json">Postman</a>
   $links
 </nav>
 <main>
@@ -5162,75 +5158,65 @@ DOCS_HTML = r"""
 </main>
 """
 DOCS_LINK = '<a href="#{id}"><b>{method}</b> {path}</a>\n'
-DOCS_ROW = "<tr><td><code>{name}</code><td>{in}<td>{description}"
-DOCS_INPUT = """<label class="field">{name}<input name="{name}" data-in="{in}"
- value="{example}"></label>"""
-DOCS_BODY = '<label class="field">Body<textarea>{}</textarea></label>'
+DOCS_INPUT = """<label class="field"><code>{name}</code> ({in}): {description}
+<input name="{name}" data-in="{in}" value="{example}"></label>"""
+DOCS_BODY = '<textarea name="body" rows="6" aria-label="Body">{}</textarea>'
 DOCS_ARTICLE = """
 <article id="{id}">
   <h2><b>{method}</b> <code>{path}</code></h2>
-  <p>{summary}</p>
-  <table>{rows}</table>
-  <p>Answers {answers}</p>
+  <p>{summary} Answers {answers}.</p>
   <pre>{curl}</pre><button class="copy">Copy</button>
-  <details><summary>Try it</summary>
-    <form data-method="{method}" data-path="{prefix}{path}">
-      {inputs}{body}<button class="primary">Send</button><output></output>
-    </form>
-  </details>
+  <form data-method="{method}" data-path="{prefix}{path}">
+    {inputs}{body}<button class="primary">Send</button><output></output>
+  </form>
 </article>
 """
 
 
 def reference(prefix: str) -> tuple[str, str]:
     """The reference for people and its policy: the OpenAPI document as a page."""
-    values = [
-        operation_values(prefix, method.upper(), path, told)
-        for path, methods in openapi(prefix)["paths"].items()
-        if not re.match("/api/(?!v2/)", path)
-        for method, told in methods.items()
-    ]
+    links, articles = "", ""
+    for path, methods in openapi(prefix)["paths"].items():
+        for method, told in methods.items():
+            if not re.match("/api/(?!v2/)", path):
+                values = operation_values(prefix, method.upper(), path, told)
+                links += DOCS_LINK.format_map(values)
+                articles += DOCS_ARTICLE.format_map(values)
+    parts = {"prefix": html.escape(prefix), "links": links, "articles": articles}
     return html_document(
         PAGE_STYLE + DOCS_STYLE,
         DOCS_SCRIPT,
         title="API reference",
         about="Every operation of this server's API, to read and to try",
         attributes="",
-        body=string.Template(DOCS_HTML).substitute(
-            prefix=html.escape(prefix),
-            links="".join(DOCS_LINK.format_map(each) for each in values),
-            articles="".join(DOCS_ARTICLE.format_map(each) for each in values),
-        ),
+        body=string.Template(DOCS_HTML).substitute(parts),
     )
 
 
 def operation_values(prefix: str, method: str, path: str, told: Item) -> Item:
-    """What an operation's article shows, by name, as HTML."""
-    show = html.escape
-    curl = f"curl -X {method} http://127.0.0.1:8080{prefix}{path}"
-    rows, inputs, body = "", "", ""
-    for each in told["parameters"]:
-        shown = {name: show(str(value)) for name, value in each.items()}
-        rows += DOCS_ROW.format_map(shown)
-        inputs += DOCS_INPUT.format_map({"example": "", **shown})
+    """What the article of an operation shows, by name, as HTML."""
+    values = {**told, "id": told["operationId"], "method": method, "path": path}
+    values["curl"] = f"curl -X {method} http://127.0.0.1:8080{prefix}{path}"
+    values["answers"] = ", ".join(STATUS[int(status)] for status in told["responses"])
+    body = ""
     if "requestBody" in told:
         sent = told["requestBody"]["content"][JSON]["example"]
-        pretty = json.dumps(sent, indent=2, ensure_ascii=False)
-        body = DOCS_BODY.format(show(pretty))
         text = json.dumps(sent, ensure_ascii=False)
-        curl += f" -H 'Content-Type: {JSON}' -d '{text}'"
+        values["curl"] += f" -H 'Content-Type: {JSON}' -d '{text}'"
+        text = json.dumps(sent, indent=2, ensure_ascii=False)
+        body = DOCS_BODY.format(html.escape(text))
+    fields = [escaped({"example": "", **each}) for each in told["parameters"]]
+    inputs = "".join(map(DOCS_INPUT.format_map, fields))
     return {
-        "id": told["operationId"],
-        "method": method,
-        "path": show(path),
-        "prefix": show(prefix),
-        "summary": show(told["summary"]),
-        "rows": rows,
+        **escaped(values),
+        "prefix": html.escape(prefix),
         "inputs": inputs,
         "body": body,
-        "curl": show(curl),
-        "answers": ", ".join(STATUS[int(status)] for status in told["responses"]),
     }
+
+
+def escaped(values: Item) -> Item:
+    return {name: html.escape(str(value)) for name, value in values.items()}
 
 
 # ── Server ────────────────────────────────────────────────────────────────────────
