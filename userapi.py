@@ -4623,15 +4623,16 @@ PAGE_STYLE = r"""
   --soft: light-dark(#62656d, #9da0a9); --edge: light-dark(#c6c7c9, #484b53);
   --line: light-dark(#ececea, #2a2b2e);
 }
-* { box-sizing: border-box; }
+* { box-sizing: border-box; overflow-wrap: anywhere; }
 [hidden], .reader .write, .open #leave, #state:has(> :empty) { display: none !important; }
-body { margin: 0 var(--side); font: 0.9375rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+body { margin: 0 var(--side) 7rem; font: 0.9375rem/1.5 system-ui, sans-serif; }
 h1, h2 { margin: 0; font-size: 1.125rem; font-weight: 600; }
 button, select, input:not([type="checkbox"]) {
   height: 2.375rem; padding: 0 0.875rem; border: thin solid var(--edge); border-radius: 8px;
   background: Canvas; color: inherit; font: inherit;
 }
-button:hover, #menu > :hover, .user:is(:hover, :focus-within) { background: var(--line); }
+a { color: inherit; }
+button:hover, #menu > :hover, .user:has(:hover, :focus, :checked) { background: var(--line); }
 button:disabled { opacity: 0.5; }
 .primary, .primary:hover { border: 0; background: var(--accent); color: Canvas; }
 .danger, .error { color: var(--red); }
@@ -4660,14 +4661,13 @@ header label { width: 22rem; }
   border: thin solid var(--line); border-radius: 12px; background: Canvas;
   box-shadow: 0 8px 30px #0003;
 }
-main { padding-bottom: 7rem; }
 #float { position: fixed; inset: auto 0.5rem 1rem; z-index: 3; width: fit-content; margin: auto; }
 #bulk, #toast { justify-content: center; margin-top: 0.5rem; padding: 0.5rem 0.75rem; }
 #toast:has(> :empty) { opacity: 0; pointer-events: none; }
 #menu { inset: 3.5rem var(--side) auto auto; margin: 0; padding: 0.375rem; }
 #menu > * {
   display: block; width: 15rem; margin: 0; padding: 0.4375rem 0.75rem; border: 0;
-  color: inherit; text-align: start; text-decoration: none;
+  text-align: start; text-decoration: none;
 }
 dialog { width: min(36rem, 100vw - 1rem); max-height: calc(100dvh - 1rem); padding: 1.5rem; }
 dialog::backdrop { background: #0006; }
@@ -5099,7 +5099,7 @@ def page(prefix: str, seq: int, actor: str | None, write: bool) -> tuple[str, st
 DOCS_STYLE = r"""
 body { display: grid; grid-template-columns: 16rem minmax(0, 1fr); gap: 3rem; }
 nav { position: sticky; top: 0; height: 100dvh; overflow: auto; padding: 2rem 0.25rem; }
-nav a { display: block; color: inherit; font-size: 0.8125rem; text-decoration: none; }
+nav a { display: block; font-size: 0.8125rem; text-decoration: none; }
 main { padding: 2rem 0; }
 article { padding: 1.5rem 0; border-top: thin solid var(--line); }
 form { display: grid; grid: auto / repeat(auto-fill, minmax(16rem, 1fr)); gap: 0 1rem; }
