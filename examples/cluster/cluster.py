@@ -1,10 +1,10 @@
 """Three userapi processes behind HAProxy, on PostgreSQL with a streaming standby.
 
-    python examples/cluster/cluster.py [FOLDER]
+    python examples/cluster/cluster.py
 
-starts it all on loopback out of Debian's packages (postgresql, haproxy, and psycopg
-for Python), says where, and ends it with Ctrl-C. What is made stays in FOLDER, or in
-a temporary one that goes with it. See the README beside this file.
+starts it all on loopback, in a temporary folder, out of Debian's packages (postgresql,
+haproxy, and psycopg for Python), says where, and ends it with Ctrl-C. See the README
+beside this file.
 """
 
 from __future__ import annotations
@@ -184,15 +184,13 @@ class Cluster:
 
 
 def main() -> None:
-    with contextlib.ExitStack() as stack:
-        folder = sys.argv[1:] or [stack.enter_context(tempfile.TemporaryDirectory())]
-        cluster = stack.enter_context(Cluster(Path(folder[0])))
+    with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder)) as cluster:
         print(f"http://127.0.0.1:{cluster.port}/ is HAProxy, before {cluster.ports}")
         print(
             f"{cluster.primary.url} is the primary, {cluster.standby.url} its standby"
         )
         print("Enter: the primary dies, the standby is promoted. Ctrl-C: the end.")
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt, EOFError):
             while True:
                 input()
                 cluster.fail_over()
