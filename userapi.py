@@ -4729,10 +4729,9 @@ function note(note, remedy = "Try again", act = restart) { // in the list's plac
   if (note) body.replaceChildren();
 }
 function done(said, back) { // a passing message, with an undo while it lasts
-  for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close();
   show({ said });
   [undo, $("undo").hidden] = [back, !back];
-  setTimeout(() => $("said").textContent === said && show({ said: "" }), 15000);
+  if (said) setTimeout(() => $("said").textContent === said && done(""), 15000);
   list(true);
 }
 async function call(method, url, body, headers) { // the answer; a problem has a status
@@ -4741,7 +4740,7 @@ async function call(method, url, body, headers) { // the answer; a problem has a
   return fetch(url, { method, headers, body }).then((got) => got.json()).catch(() => lost);
 }
 function why({ detail, errors = [] }) { // a problem with all its errors, a line each
-  const place = ({ line, pointer, parameter }) => parameter ?? `Line ${line}: ${pointer.slice(2)}`;
+  const place = ({ line, pointer, parameter }) => parameter ?? `Line ${line}: ${pointer?.slice(2)}`;
   return [detail, ...errors.map((each) => `${place(each)} ${each.detail}`)].join("\n");
 }
 // The list: pages follow each other by cursor; those near the view are in the document.
@@ -4861,9 +4860,10 @@ async function save(event) {
     ? await call("PATCH", `${api}/${user.id}`, content, match(user))
     : await call("POST", api, content, { "Idempotency-Key": sent.key });
   if (got.status === 404) [user, got.detail] = [null, "This user was deleted. Save it anew?"];
-  if (got.status === 412) clash();
-  else if (got.status) blame(got);
-  else done(`Saved ${who(got.results)}`);
+  if (got.status === 412) return clash();
+  if (got.status) return blame(got);
+  $("form").close();
+  done(`Saved ${who(got.results)}`);
 }
 async function clash() { // someone was faster: what they saved is shown beside
   const got = await call("GET", `${api}/${user.id}`);
@@ -4879,7 +4879,7 @@ function blame({ detail, errors = [] }) { // each error stands at what its point
   for (const { pointer, detail } of errors) {
     let part = $("fields").firstChild;
     for (const name of pointer.split("/").slice(2))
-      part = part.querySelector(`[name="${name}"]`) ?? part.querySelectorAll(".item")[name];
+      part = part.querySelector(`[name="${name}"]`) ?? part.querySelectorAll(".item")[name] ?? part;
     if (part.matches("input")) part.ariaInvalid = "true";
     (part.closest("label") ?? part).querySelector(":scope > .error")?.append(`${detail}. `);
   }
@@ -4892,6 +4892,7 @@ function remove(users) {
   $("ask").showModal();
 }
 async function erase() {
+  $("form").close();
   const erased = (one) => call("DELETE", `${api}/${one.id}`, null, match(one));
   const told = await Promise.all(doomed.map(erased)), fault = told.find((got) => got.status);
   const gone = doomed.filter((_, n) => !told[n].status);
@@ -4900,7 +4901,7 @@ async function erase() {
   done(gone[0] ? `${text}Deleted ${who(gone)}` : text, gone[0] && (() => restore(gone)));
 }
 async function restore(users) { // as lines of an import, which keep ids and times
-  $("undo").hidden = true;
+  done("");
   const lines = users.map((one) => JSON.stringify(one)).join("\n");
   const got = await call("POST", api, lines, { "Content-Type": "application/x-ndjson" });
   done(got.detail ?? `Restored ${who(users)}`);
@@ -4919,7 +4920,9 @@ async function upload(dry, files = $("file").files) {
   const counts = `${got.created} new, ${got.replaced} replaced, ${got.skipped} skipped`;
   [$("progress").hidden, $("upload").disabled] = [true, Boolean(got.status)];
   $("report").value = `${file.name}\n${got.status ? why(got) : counts}`;
-  if (!dry && !got.status) done(`Imported: ${counts}`);
+  if (dry || got.status) return;
+  $("import").close();
+  done(`Imported: ${counts}`);
 }
 async function leave() { // a browser forgets its login when another fails; stop before it asks
   const headers = { Authorization: "Basic " + btoa("logout:") };
@@ -4938,7 +4941,7 @@ const acts = { // of the buttons, by their data-act
   leave,
   remove: () => remove([...selected.values()]),
   sort: ({ value }) => go({ sort: sort === value ? `-${value}` : value }),
-  undo: () => undo(),
+  undo: () => undo?.(),
   unselect: () => choose([...selected.values()], false),
   upload: () => upload(false),
 };
@@ -4999,7 +5002,7 @@ PAGE_HTML = r"""
 </main>
 <div id="float">
   <div id="toast" role="status"><span id="said"></span>
-    <button id="undo" data-act="undo" aria-keyshortcuts="u">Undo</button></div>
+    <button id="undo" data-act="undo" aria-keyshortcuts="u" hidden>Undo</button></div>
   <section id="bulk" aria-label="Selected users" hidden><b id="chosen" role="status"></b>
     <a download="users.csv">CSV</a> <a download="users.ndjson">NDJSON</a>
     <button class="danger write" data-act="remove">Delete…</button>

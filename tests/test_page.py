@@ -22,7 +22,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Error, expect, sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 ROOT = Path(__file__).parents[1]
 NODE = ROOT / "build" / "node" / "node_modules"  # filled by .ci/run
@@ -970,6 +970,7 @@ def test_the_shortcuts_are_shown_and_act_where_no_text_is_typed(server, visit):
     assert set(shown) == {"/", "n", "i", "u", "Esc", "?"}
     expect(page.locator("#menu")).to_contain_text("no text is typed")
     page.keyboard.press("Escape")
+    page.keyboard.press("u")  # nothing to undo
     page.keyboard.press("/")
     page.keyboard.type("ni?u")
     expect(page.get_by_role("searchbox")).to_have_value("ni?u")
@@ -1261,11 +1262,12 @@ def test_a_token_by_the_browsers_own_login_and_logging_out(serve, visit):
     expect(page.get_by_role("button", name="Ada King")).to_be_visible()
     assert server.user(1)["name"] == "Ada King"
     page.get_by_role("button", name="More").click()
-    with pytest.raises(Error, match="INVALID_AUTH"):  # nobody gives the login anew
-        page.get_by_role("button", name="Log out").click()
-        page.wait_for_url("chrome-error:**")
+    page.get_by_role("button", name="Log out").click()
+    deadline = time.monotonic() + 15
+    while not page.url.startswith("chrome-error:"):  # nobody gives a login anew
+        assert time.monotonic() < deadline, page.url
+        page.wait_for_timeout(30)
     assert page.get_by_role("button", name="Ada King").count() == 0
-    page.goto("about:blank")
 
 
 def test_without_a_token_there_is_nothing_to_log_out_of(server, visit):
