@@ -2473,7 +2473,7 @@ class Postgres:
     """A connection to PostgreSQL with what the Store uses of one of sqlite3's.
 
     It is made when it is first used, and anew where it is found broken outside of a
-    transaction. Where no server takes writes, it goes for a second to one that reads.
+    transaction. Where no server takes writes, it goes for a while to one that reads.
     """
 
     def __init__(self, url: str) -> None:
@@ -2491,14 +2491,15 @@ class Postgres:
     def open(self) -> None:
         self.close()
         given = {**PATIENCE, **self.driver.conninfo.conninfo_to_dict(self.url)}
-        self.until = math.inf
+        self.until, began = math.inf, time.monotonic()
         try:
             self.raw = self.driver.connect(autocommit=True, **given)
         except self.driver.OperationalError:
             if given.pop("target_session_attrs", "any") == "any":
                 raise
             self.raw = self.driver.connect(autocommit=True, **given)
-            self.until = time.monotonic() + 1
+            now = time.monotonic()  # the longer it takes to find that out, the rarer
+            self.until = now + max(1, 10 * (now - began))
 
     def close(self) -> None:
         if self.raw is not None:
@@ -2522,6 +2523,9 @@ class Postgres:
 
     def begin(self, text: str, values: Sequence[Any], begins: bool) -> Any:
         """Execute what reads or begins, if need be over another connection."""
+        self.begun = False
+        if begins and self.until < math.inf:
+            self.until = 0  # perhaps one takes writes by now
         if self.raw is None or self.raw.closed or time.monotonic() > self.until:
             self.open()
         values = [v.replace("\0", "\uffff") if type(v) is str else v for v in values]
