@@ -947,7 +947,7 @@ class Query(NamedTuple):
     def where(self) -> tuple[str, list[Any]]:
         """The filters as SQL, with the values to bind."""
         terms, values = ["TRUE"], list[Any]()
-        if self.q is not None:
+        if self.q:
             terms.append("(instr(name_fold, ?) > 0 OR instr(mail_fold, ?) > 0)")
             values += [fold(self.q)] * 2
         if self.name is not None:
@@ -4858,7 +4858,10 @@ function edit(one) {
 }
 async function save(event) {
   event.preventDefault();
-  const content = JSON.stringify({ item: read($("fields").firstChild) });
+  const item = read($("fields").firstChild), old = user ? read(sheet("user", user)) : {};
+  for (const name in old) // what was not changed is not sent, and need not be valid
+    if (JSON.stringify(item[name]) === JSON.stringify(old[name])) delete item[name];
+  const content = JSON.stringify({ item });
   if (sent.content !== content) sent = { content, key: `${Date.now()}-${Math.random()}` };
   const got = user
     ? await call("PATCH", `${api}/${user.id}`, content, match(user))
@@ -4975,6 +4978,8 @@ $("form").onsubmit = save;
 $("file").onchange = $("conflict").onchange = () => upload(true);
 onscroll = () => requestAnimationFrame(() => list());
 onpopstate = restart;
+// a browser has six connections to a server, for all of its tabs
+document.onvisibilitychange = () => (document.hidden ? stream.close() : follow());
 restart();
 follow();
 """  # noqa: E501

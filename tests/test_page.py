@@ -516,6 +516,7 @@ def test_editing_sends_if_match_and_changes_nothing_else(server, visit):
     with page.expect_request(lambda r: r.method == "PATCH") as sent:
         save(page)
     assert sent.value.headers["if-match"] == f'"{before["version"]}"'
+    assert sent.value.post_data_json == {"item": {"mail": "zoe.new@example.org"}}
     expect(page.get_by_role("cell", name="zoe.new@example.org")).to_be_visible()
     after = server.user(2)
     for member in ("name", "phone", "address", "created"):
