@@ -1040,10 +1040,16 @@ def ndjson_text(items: list[Any]) -> str:
 
 
 def csv_text(items: list[Any]) -> str:
-    buffer = io.StringIO(newline="")
+    """As RFC 4180 has it; the writer of Python 3.10 refuses U+0000."""
+
+    def quote(cell: str) -> str:
+        doubled = cell.replace('"', '""')
+        return f'"{doubled}"' if re.search('[",\r\n]', cell) else cell
+
     rows = [[csv_cell(str(value)) for value in item.values()] for item in items]
-    csv.writer(buffer).writerows([list(items[0]), *rows])
-    return buffer.getvalue()
+    return "".join(
+        ",".join(map(quote, row)) + "\r\n" for row in [list(items[0]), *rows]
+    )
 
 
 def csv_cell(value: str) -> str:
@@ -3707,14 +3713,8 @@ def test_an_import_of_columns_and_of_lines_are_the_same(client, tmp_path):
     texts += [name for name in BAD_NAMES if isinstance(name, str)]
     for number, (name, mail) in enumerate([(n, "a@b") for n in texts] + CELLS):
         mail = f"{number}{mail}"
-        buffer = io.StringIO(newline="")
-        csv.writer(buffer).writerows([["name", "mail"], [csv_cell(name), mail]])
-        one, two = (
-            each(
-                "POST /api/user", buffer.getvalue().encode("utf-8", "replace"), SENT_CSV
-            )
-            for each in (client, slow)
-        )
+        text = csv_text([{"name": name, "mail": mail}]).encode("utf-8", "replace")
+        one, two = (each("POST /api/user", text, SENT_CSV) for each in (client, slow))
         assert (one.status_int, one.json) == (two.status_int, two.json), name
     client(
         "DELETE /api/user?id="
