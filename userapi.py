@@ -4703,7 +4703,7 @@ legend { padding: 1rem 0 0.5rem; font-weight: 600; }
 @media (max-width: 42rem) {
   header label { order: 1; width: 100%; }
   #list thead { top: 6.875rem; }
-  #list .user { grid: auto auto / auto-flow 2.5rem 1fr auto; }
+  #list .user { grid: auto auto / auto-flow 2.5rem minmax(9rem, 1fr) minmax(0, auto); }
   #list td { line-height: 2rem; }
   #list td:first-child { grid-row: span 2; align-content: center; }
   #list td:nth-child(n + 4) { text-align: right; }

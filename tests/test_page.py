@@ -885,6 +885,13 @@ def test_what_others_do_shows_without_a_reload(server, visit):
     expect(page.locator("#bulk")).to_be_hidden()
 
 
+def test_many_numbers_leave_a_narrow_screen_room_for_the_name(server, visit):
+    server.patch(1, phone=[{"number": f"+49 30 1234 5678 {n}"} for n in range(5)])
+    page = visit(server.url, viewport={"width": 360, "height": 740})
+    name = page.locator("#user-1 td:nth-child(2)").bounding_box()
+    assert name["width"] > 120
+
+
 def test_two_pages_follow_each_other(server, visit):
     one, two = visit(server.url), visit(server.url)
     open_user(one, "Chiara Ricci")
