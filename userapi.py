@@ -835,7 +835,7 @@ MIGRATIONS = (
         " name_fold = fold(CAST(user_name AS BLOB)),"
         " mail_fold = fold(CAST(user_mail AS BLOB))",
         *(
-            f"CREATE INDEX users_by_{name} ON users ({column} /*pg , user_id*/)"
+            f"CREATE INDEX users_by_{name} ON users ({column})"
             for name, column in SORT_INDEXES
         ),
         "CREATE TABLE changes (seq INTEGER PRIMARY KEY, at TEXT NOT NULL, actor TEXT,"
@@ -2436,6 +2436,7 @@ DIALECT = (
     (r"^SELECT name FROM sqlite_master$",
         f"SELECT relname FROM pg_class WHERE {_HERE} UNION ALL SELECT tgname"
         f" FROM pg_trigger JOIN pg_class AS c ON c.oid = tgrelid WHERE c.{_HERE}"),
+    (r"^(CREATE INDEX users_by_\w+ ON users \(\w+)", r"\1, user_id"),
     (r" INTEGER PRIMARY KEY AUTOINCREMENT", " bigint PRIMARY KEY"),
     (r"(?<! AS) INTEGER\b", " bigint"),
     (r"(?<! AS) TEXT\b", ' text COLLATE "C"'),
