@@ -5355,6 +5355,27 @@ def test_a_dry_import_makes_no_database(capfd, tmp_path):
     assert list(tmp_path.iterdir()) == [source]
 
 
+@of_files("it has a log of another kind")
+@pytest.mark.parametrize("open_elsewhere", [False, True])
+def test_an_import_into_a_new_database_needs_no_log(tmp_path, capfd, open_elsewhere):
+    """Unless another program has it open; whoever opens it next has one again."""
+    db, source = tmp_path / "new.db", tmp_path / "users.csv"
+    source.write_text("name,mail\nA,a@b\nB,b@b\n")
+    userapi.Store(str(db)).close()
+    other = sqlite3.connect(db)
+    if open_elsewhere:
+        other.execute("SELECT count(*) FROM users").fetchone()
+    assert main(["import", str(source), "--db", str(db)]) == 0
+    mode = "wal" if open_elsewhere else "delete"
+    assert other.execute("PRAGMA journal_mode").fetchone() == (mode,)
+    other.close()
+    assert run_sql(db, "PRAGMA integrity_check") == [("ok",)]
+    client = Client(db)
+    assert run_sql(db, "PRAGMA journal_mode") == [("wal",)]
+    assert [user["name"] for user in client.users()] == ["A", "B"]
+    client.close()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signal there")
 def test_an_import_that_is_interrupted_keeps_nothing(db):
     """More than a pipe holds has been taken, so it is in the midst of it."""
