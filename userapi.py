@@ -6029,17 +6029,7 @@ class Server:
             self.readers = ThreadPoolExecutor(THREADS)
         self.sweep()
         self.handle_signals()
-        tls = make_tls(self.settings) if self.settings.cert else None
-        servers = [
-            await self.loop.create_server(
-                lambda: Connection(self),
-                sock=sock,
-                ssl=tls,
-                backlog=1024,
-                ssl_handshake_timeout=self.settings.head_timeout if tls else None,
-            )
-            for sock in sockets
-        ]
+        servers = await self.listen(sockets)
         ready()
         notify("READY=1")
         await self.stopped.wait()
@@ -6058,6 +6048,19 @@ class Server:
             os._exit(0)  # nobody takes the log or asks us: a thread would never end
         if self.group:
             self.store.close_group()
+
+    async def listen(self, sockets: list[socket.socket]) -> list[asyncio.Server]:
+        tls = make_tls(self.settings) if self.settings.cert else None
+        return [
+            await self.loop.create_server(
+                lambda: Connection(self),
+                sock=sock,
+                ssl=tls,
+                backlog=1024,
+                ssl_handshake_timeout=self.settings.head_timeout if tls else None,
+            )
+            for sock in sockets
+        ]
 
     def handle_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
