@@ -5376,6 +5376,23 @@ def test_an_import_into_a_new_database_needs_no_log(tmp_path, capfd, open_elsewh
     client.close()
 
 
+@of_files("it has a log of another kind")
+def test_nobody_opens_a_new_database_while_it_is_filled(tmp_path):
+    db = str(tmp_path / "new.db")
+    store = userapi.Store(db)
+    store.do_without_log()
+    with store.transaction():
+        store.create_users([{"name": "A", "mail": "a@b"}])
+        with pytest.raises(Problem) as refused:
+            userapi.Store(db)
+    assert refused.value.status == 503
+    assert refused.value.detail == "another program holds the database"
+    store.close()
+    other = userapi.Store(db)
+    assert [user["name"] for user in other.find_users()] == ["A"]
+    other.close()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signal there")
 def test_an_import_that_is_interrupted_keeps_nothing(db):
     """More than a pipe holds has been taken, so it is in the midst of it."""
