@@ -313,9 +313,10 @@ def to_json(value: Any) -> bytes:
     return ENCODER.encode(value).encode()
 
 
+DISK_FULL = "there is no room on the disk"
 #: from the first of these in SQLite's message to the problem that it is
 DATABASE_PROBLEMS = (
-    ("full", 507, "there is no room on the disk"),
+    ("full", 507, DISK_FULL),
     ("disk I/O error", 507, "the disk does not take what is written"),
     ("locked", 503, "another program holds the database"),
     ("readonly", 503, "the database is read-only"),
@@ -738,7 +739,6 @@ def fold_all(values: Sequence[str]) -> Iterator[str]:
 LOW = 8 << 20  # bytes free on the disk from which on each write is looked at
 PLENTY = 1 << 30  # bytes from which on the log's size is not looked at
 SPARE = 1 << 20  # bytes of them that new pages never get: the log's
-DISK_FULL = "there is no room on the disk"
 APPLICATION_ID = 0x75736572  # "user", in the file's header
 QUICK_CHECK = 32 << 20  # bytes up to which a database is checked when it is opened
 PAGE_ROWS = 500  # rows read at a time when all users are read
