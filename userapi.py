@@ -3992,7 +3992,16 @@ class UserAPI:
         return iter(()) if call.method == "HEAD" else body
 
     def respond(self, call: Call) -> Answer:
-        """Guard, resource, operation, parameters, format, body. Raises Problem."""
+        """Answer what the head asks for, with the body. Raises Problem."""
+        resource, found = self.read_head(call), call.operation
+        if found is None:
+            return self.show_options(call, resource)
+        if found.takes:
+            self.read_body(call)
+        return self.write(call, found) if found.writes else found.run(call)
+
+    def read_head(self, call: Call) -> Resource:
+        """Guard, resource, operation, parameters, media types. Raises Problem."""
         self.guard.believe_proxy(call.environ)
         call.prefix = quote(call.environ.get("SCRIPT_NAME", ""), encoding="latin-1")
         call.path = read_path(call.environ)
@@ -4001,7 +4010,7 @@ class UserAPI:
         call.base, call.view, operations = resource
         call.members = VIEWS[call.view]
         if call.method == "OPTIONS":
-            return self.show_options(call, resource)
+            return resource
         found = operations.get("GET" if call.method == "HEAD" else call.method)
         if found is None:
             allow = resource.allow
@@ -4010,8 +4019,8 @@ class UserAPI:
         read_params(call, found)
         call.media = choose_media(call, found.answers)
         if found.takes:
-            self.read_body(call, found.takes)
-        return self.write(call, found) if found.writes else found.run(call)
+            call.takes = choose_taken(call, found.takes)
+        return resource
 
     def show_options(self, call: Call, resource: Resource) -> Answer:
         """What can be done with a resource, to a CORS preflight as well."""
@@ -4022,16 +4031,9 @@ class UserAPI:
             headers.append(("Access-Control-Max-Age", "600"))
         return Answer(b"", headers, status=204)
 
-    def read_body(self, call: Call, takes: tuple[str, ...]) -> None:
-        """Read the body into the call. Raises Problem 400, 411, 413, 415."""
+    def read_body(self, call: Call) -> None:
+        """Read the body into the call. Raises Problem 400, 411, 413."""
         environ = call.environ
-        media = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
-        accept = [("Accept", ", ".join(takes))]
-        if environ.get("HTTP_CONTENT_ENCODING"):
-            raise Problem(415, "a Content-Encoding is not taken", headers=accept)
-        if media and media not in takes:
-            raise Problem(415, f"send {' or '.join(takes)}", headers=accept)
-        call.takes = media if media in (CSV, NDJSON) else JSON
         length, most = environ.get("CONTENT_LENGTH") or "", self.settings.max_body
         stream = environ["wsgi.input"]
         if not length:
@@ -4130,10 +4132,23 @@ def choose_media(call: Call, offered: tuple[str, ...]) -> str:
     return media
 
 
+def choose_taken(call: Call, takes: tuple[str, ...]) -> str:
+    """The media type that a body is read as. Raises Problem 415."""
+    media = call.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+    accept = [("Accept", ", ".join(takes))]
+    if call.environ.get("HTTP_CONTENT_ENCODING"):
+        raise Problem(415, "a Content-Encoding is not taken", headers=accept)
+    if media and media not in takes:
+        raise Problem(415, f"send {' or '.join(takes)}", headers=accept)
+    return media if media in (CSV, NDJSON) else JSON
+
+
 def find_resource(path: str, method: str) -> tuple[Resource, dict[str, int]]:
     """The resource at a path, and the path's parameters. Problem 400, 404, 405."""
     if not path:
         raise Problem(400, "the path is not UTF-8")
+    if (method, path) == ("OPTIONS", "*"):  # the server as a whole: all methods
+        path = "/api/user"
     try:
         if path.isprintable():
             found = ROUTER.match({"REQUEST_METHOD": "GET", "PATH_INFO": path})
@@ -5512,12 +5527,12 @@ class Connection(asyncio.Protocol):
             raise Problem(400, "Transfer-Encoding does not go with this request")
         if coding is not None and coding.lower() != "chunked":
             raise Problem(501, "chunked is the one transfer coding")
-        if length is not None and not re.fullmatch("[0-9]{1,18}", length):
+        if length is not None and not re.fullmatch("[0-9]+", length):
             raise Problem(400, "Content-Length is malformed")
         expect = environ.get("HTTP_EXPECT", "100-continue").lower()
         if modern and expect != "100-continue":
             raise Problem(417, "100-continue is the one expectation")
-        size = int(length or 0)
+        size = int((length or "0").lstrip("0")[:19] or 0)  # no digits without end
         self.hold(size)
         if coding is not None or size:
             self.body, self.chunked = bytearray(), coding is not None
@@ -5525,6 +5540,8 @@ class Connection(asyncio.Protocol):
             seconds = self.settings.body_timeout + size / READ_SIZE
             self.deadline = time.monotonic() + seconds
             if modern and "HTTP_EXPECT" in environ and not self.buffer:
+                if not self.server.remote:  # there the guard may wait for the database
+                    self.server.app.read_head(Call(self.server.app, dict(environ)))
                 self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def hold(self, size: int) -> None:
