@@ -1280,6 +1280,13 @@ def test_pipelined_requests_may_come_in_any_pieces(server):
         check_conversation(client, asked)
 
 
+def test_answers_of_a_turn_leave_together(server):
+    with Client(server) as client:
+        client.send(5 * request("GET", "/health"))
+        client.more()
+        assert client.buffer.count(b'{"status": "ok"}') == 5
+
+
 def test_a_connection_serves_many_requests(server):
     with Client(server) as client:
         for _ in range(500):
