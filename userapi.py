@@ -2877,13 +2877,6 @@ class Call:
         assert self.operation is not None
         return SHAPES[self.operation.shape]
 
-    def query(self) -> list[tuple[str, str]]:
-        """The pairs of the query string. Raises Problem 400."""
-        source = self.environ.get("QUERY_STRING", "")
-        if not source.isascii():
-            raise Problem(400, "the query is not percent-encoded")
-        return parse_qsl(source, True, errors="surrogateescape")
-
     def header(self, name: str) -> str | None:
         return self.environ.get(f"HTTP_{name}")
 
@@ -2938,6 +2931,13 @@ def has_tag(header: str, tag: str, weak: bool) -> bool:
     if weak:
         return tag.replace("W/", "") in [given.replace("W/", "") for given in tags]
     return tag in tags
+
+
+def query_pairs(source: str) -> list[tuple[str, str]]:
+    """The pairs of a query string. Raises Problem 400."""
+    if not source.isascii():
+        raise Problem(400, "the query is not percent-encoded")
+    return parse_qsl(source, True, errors="surrogateescape")
 
 
 def bad_query(errors: list[Item]) -> Problem:
@@ -3326,7 +3326,8 @@ def next_uri(call: Call, query: Query, page: Page) -> str | None:
     beyond = query._replace(after=page.last, limit=1)
     if not page.last or not next(call.store.pages("1", beyond)).size:
         return None
-    kept = [pair for pair in call.query() if pair[0] != "after"]
+    pairs = query_pairs(call.environ["QUERY_STRING"])
+    kept = [pair for pair in pairs if pair[0] != "after"]
     kept.append(("after", write_cursor(query.sort, *page.last)))
     return f"{call.uri('/user')}?{urlencode(kept, safe=',')}"
 
@@ -4016,7 +4017,9 @@ class UserAPI:
             allow = resource.allow
             raise Problem(405, f"this resource has {allow}", headers=[("Allow", allow)])
         call.operation = found
-        read_params(call, found)
+        query = call.environ.get("QUERY_STRING")
+        if query and HTML not in found.answers:  # what a page makes of it is its affair
+            call.params = read_query(query, found.params)
         call.media = choose_media(call, found.answers)
         if found.takes:
             call.takes = choose_taken(call, found.takes)
@@ -4164,35 +4167,36 @@ def find_resource(path: str, method: str) -> tuple[Resource, dict[str, int]]:
     raise Problem(404, "there is nothing at this URI")
 
 
-def read_params(call: Call, operation: Operation) -> None:
-    """Read the query into the call. Raises Problem 400 with all that is wrong.
+@functools.lru_cache(maxsize=64)
+def read_query(source: str, known: tuple[str, ...]) -> Item:
+    """The values of a query's parameters, by name, which are not to be changed.
 
-    What a page makes of its own URI is its script's affair.
+    Raises Problem 400 with all that is wrong.
     """
-    if not call.environ.get("QUERY_STRING") or HTML in operation.answers:
-        return
     errors = [
         {
             "parameter": unquote(part.partition("=")[0]),
             "detail": "is not percent-encoded",
         }
-        for part in call.environ["QUERY_STRING"].split("&")
+        for part in source.split("&")
         if BAD_ESCAPE.search(part)
     ]
-    for name, value in call.query():
+    values: Item = {}
+    for name, value in query_pairs(source):
         try:
             if not f"{name}{value}".isascii() and has_surrogates(name + value):
                 raise ValueError("is not UTF-8")
-            if name not in operation.params:
+            if name not in known:
                 raise ValueError("is no parameter here")
-            if name in call.params:
+            if name in values:
                 raise ValueError("stands twice")
-            call.params[name] = PARAMS[name].read(value)
+            values[name] = PARAMS[name].read(value)
         except ValueError as fault:
             named = name.encode(errors="replace").decode()
             errors.append({"parameter": named, "detail": str(fault)})
     if errors:
         raise bad_query(errors)
+    return values
 
 
 def has_surrogates(text: str) -> bool:
