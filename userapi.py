@@ -2912,9 +2912,9 @@ class Call:
         if self.header("IF_MATCH") not in (None, "*"):
             raise bad_header("If-Match", "goes with a write of one user")
 
-    def tagged(self, body: Body, tag: str) -> Answer:
+    def tagged(self, body: Body, tag: str, more: Headers | None = None) -> Answer:
         """A conditional answer to a GET: 304 where the client has it already."""
-        none, headers = self.header("IF_NONE_MATCH"), [("ETag", tag)]
+        none, headers = self.header("IF_NONE_MATCH"), [("ETag", tag), *(more or ())]
         if none is not None and has_tag(none, tag, weak=True):
             return Answer(b"", headers, status=304)
         match = self.header("IF_MATCH")
@@ -3271,8 +3271,7 @@ def list_users(call: Call) -> Answer:
         body = show_all(call, members, query)
     if call.media != JSON or "fields" in params:
         return Answer(body, headers, call.media)
-    answer = call.tagged(body, f'W/"{seq}"')
-    return answer._replace(headers=answer.headers + headers)
+    return call.tagged(body, f'W/"{seq}"', headers)
 
 
 def show_total(call: Call, query: Query) -> str:
