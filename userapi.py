@@ -748,6 +748,8 @@ SORT_INDEXES = [(name, column) for name, column in SORTS.items() if name != "id"
 GRAVES = 100_000  # ids of deleted users whose last version is remembered
 BATCH = 1000  # items of a request or an import that are looked at together
 MANY = 20_000  # users created at once from which on the indexes are made last
+DAY = 24 * 60 * 60
+RETRIES = 64 << 20  # bytes of answers that are kept for retries, the last ones
 TABLES = {"users": USER, "user_phone": PHONE, "user_address": ADDRESS}
 ORIGINAL = ["user_id", "user_name", "user_mail"]  # the first application's columns
 _NOW = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
@@ -931,6 +933,40 @@ def view_sql(members: tuple[str, ...]) -> str:
 @functools.lru_cache(maxsize=256)
 def show_sql(members: tuple[str, ...]) -> str:
     return f"SELECT {view_sql(members)}, version FROM users WHERE user_id = ?"
+
+
+TABLES_SQL = (
+    "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+)
+CHANGE = ("seq", "at", "actor", "op", "user", "fields")
+LOG_SQL = f"INSERT INTO changes ({', '.join(CHANGE)}) VALUES (?, ?, ?, ?, ?, ?)"
+#: the indexes and triggers of users, but those that SQLite makes for itself
+ASIDE_SQL = (
+    "SELECT type, name, sql FROM sqlite_master WHERE tbl_name = 'users'"
+    " AND type IN ('index', 'trigger') AND sql IS NOT NULL"
+)
+WRITTEN = tuple(field.name for field in USER.columns)
+LASTS = tuple(f"last_{name}" for name in SHAPES)
+LOGGED = tuple(f.name for f in USER.fields if f.name != "id" and not f.read_only)
+#: what a write reads of a user first, and the statement that reads it
+STORED = ("id", "version", *LASTS, *(field.name for field in USER.columns))
+STORED_SQL = (
+    f"SELECT user_id, version, {', '.join(LASTS)},"
+    f" {', '.join(field.column for field in USER.columns)} FROM users"
+)
+INSERTED = ("user_id", "version", "created", "updated", *LASTS)
+INSERTED += (*(field.column for field in USER.columns), "name_fold", "mail_fold")
+INSERT_SQL = (
+    f"INSERT INTO users ({', '.join(INSERTED)}) VALUES (?{', ?' * (len(INSERTED) - 1)})"
+)
+CHANGE_SQL = object_sql(
+    [
+        ("seq", "seq"),
+        *((name, text_sql(name)) for name in ("at", "actor", "op")),
+        ("user", "user"),
+        ("fields", "fields"),
+    ]
+)
 
 
 class Query(NamedTuple):
@@ -2134,42 +2170,6 @@ class Store:
         return sizes
 
 
-DAY = 24 * 60 * 60
-RETRIES = 64 << 20  # bytes of answers that are kept for retries, the last ones
-TABLES_SQL = (
-    "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
-)
-CHANGE = ("seq", "at", "actor", "op", "user", "fields")
-LOG_SQL = f"INSERT INTO changes ({', '.join(CHANGE)}) VALUES (?, ?, ?, ?, ?, ?)"
-#: the indexes and triggers of users, but those that SQLite makes for itself
-ASIDE_SQL = (
-    "SELECT type, name, sql FROM sqlite_master WHERE tbl_name = 'users'"
-    " AND type IN ('index', 'trigger') AND sql IS NOT NULL"
-)
-WRITTEN = tuple(field.name for field in USER.columns)
-LASTS = tuple(f"last_{name}" for name in SHAPES)
-LOGGED = tuple(f.name for f in USER.fields if f.name != "id" and not f.read_only)
-#: what a write reads of a user first, and the statement that reads it
-STORED = ("id", "version", *LASTS, *(field.name for field in USER.columns))
-STORED_SQL = (
-    f"SELECT user_id, version, {', '.join(LASTS)},"
-    f" {', '.join(field.column for field in USER.columns)} FROM users"
-)
-INSERTED = ("user_id", "version", "created", "updated", *LASTS)
-INSERTED += (*(field.column for field in USER.columns), "name_fold", "mail_fold")
-INSERT_SQL = (
-    f"INSERT INTO users ({', '.join(INSERTED)}) VALUES (?{', ?' * (len(INSERTED) - 1)})"
-)
-CHANGE_SQL = object_sql(
-    [
-        ("seq", "seq"),
-        *((name, text_sql(name)) for name in ("at", "actor", "op")),
-        ("user", "user"),
-        ("fields", "fields"),
-    ]
-)
-
-
 def forget(store: weakref.ref[Store]) -> None:
     """After a fork: leave the connections, none of which may cross it, alone."""
     found = store()
@@ -2668,6 +2668,7 @@ class PostgresStore(Store):
 JSON, NDJSON, CSV = "application/json", "application/x-ndjson", "text/csv"
 MERGE, EVENTS, HTML = "application/merge-patch+json", "text/event-stream", "text/html"
 PROMETHEUS = "text/plain; version=0.0.4"
+HTML_UTF8 = f"{HTML}; charset=utf-8"
 ALL = (JSON, CSV, NDJSON)
 FORMATS = {"json": JSON, "csv": CSV, "ndjson": NDJSON}
 ACK = '{"code": 0, "message": "SUCCESS"'
@@ -3635,7 +3636,7 @@ def get_reference(call: Call) -> Answer:
 def html_answer(document: tuple[str, str]) -> Answer:
     body, policy = document
     headers = [("Content-Security-Policy", policy)]
-    return Answer(body.encode(), headers, f"{HTML}; charset=utf-8")
+    return Answer(body.encode(), headers, HTML_UTF8)
 
 
 @operation("GET", "/openapi.json")
@@ -3683,6 +3684,8 @@ CHALLENGE = [  # in lines of their own, Basic first, as browsers need it
     ("WWW-Authenticate", 'Bearer realm="userapi"'),
 ]
 EXPOSED = "ETag, Location, Link, Retry-After, Idempotency-Replayed"
+#: the ports that need not be said
+IMPLIED = {"http": ":80", "https": ":443"}
 ASKED = "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key"
 
 
@@ -3890,9 +3893,6 @@ def origin_host(origin: str) -> str:
     return host[: -len(end)] if host.endswith(end := IMPLIED.get(scheme, "-")) else host
 
 
-IMPLIED = {"http": ":80", "https": ":443"}
-
-
 class Metrics:
     """Counts of what was answered, written in the text format of Prometheus."""
 
@@ -4092,9 +4092,6 @@ class UserAPI:
             environ["wsgi.errors"].write(told)
             environ["wsgi.errors"].flush()
         return Problem(500, f"an unknown fault, logged as {id}", id=id)
-
-
-HTML_UTF8 = f"{HTML}; charset=utf-8"
 
 
 def open_store(
@@ -5281,6 +5278,9 @@ THREADS = 8  # threads that read where the database is not in this process
 SLOW_SYNC = 0.002  # seconds from which on a commit is given to a thread
 BURST = 32  # requests of one connection that are answered in one turn
 GRACE = 5  # seconds that are left to what was begun when the server is told to stop
+#: the members of a line of the access log in JSON
+TOLD = ("at", "peer", "actor", "request", "status", "bytes", "ms", "referer", "agent")
+PLAIN_LOG = re.compile(r"[ !#-\[\]-~]*")
 DRAIN = 1  # seconds for which the rest of a refused request is read and dropped
 
 
@@ -5370,6 +5370,7 @@ class Connection(asyncio.Protocol):
         self.outgoing = b""  # answers that leave at the end of the turn
         self.fields: Environ = {}
         self.section = b"\0"  # what the last header section held
+        self.begun = False  # a part of a head has arrived
         self.environ: Environ | None = None  # the head of a request under way
         self.body: bytearray | None = None
         self.missing = 0  # bytes of the body, or of the chunk, that are to come
@@ -5485,13 +5486,13 @@ class Connection(asyncio.Protocol):
         if size > settings.max_head and line_end >= 0:
             raise Problem(431, f"{settings.max_head} bytes are the most")
         if end < 0:
-            if self.missing == 0:  # the head begins: its deadline too
+            if not self.begun:
+                self.begun = True
                 self.deadline = time.monotonic() + settings.head_timeout
-                self.missing = -1
             if BARE.search(buffer):
                 raise Problem(400, "a line does not end in CR LF")
             return False
-        self.missing = 0
+        self.begun = False
         line, section = buffer[:line_end], buffer[line_end + 2 : end + 2]
         self.buffer = buffer[end + 4 :]
         if section != self.section:
@@ -6162,11 +6163,6 @@ def write_text(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.write(text)
         sys.stdout.flush()
-
-
-#: the members of a line of the access log in JSON
-TOLD = ("at", "peer", "actor", "request", "status", "bytes", "ms", "referer", "agent")
-PLAIN_LOG = re.compile(r"[ !#-\[\]-~]*")
 
 
 def escape_log(text: str) -> str:
