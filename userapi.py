@@ -5280,7 +5280,7 @@ BURST = 32  # requests of one connection that are answered in one turn
 GRACE = 5  # seconds that are left to what was begun when the server is told to stop
 #: the members of a line of the access log in JSON
 TOLD = ("at", "peer", "actor", "request", "status", "bytes", "ms", "referer", "agent")
-PLAIN_LOG = re.compile(r"[ !#-\[\]-~]*")
+PLAIN_LOG = re.compile(r"[ !#-\[\]-~]*")  # what needs no escape in it
 DRAIN = 1  # seconds for which the rest of a refused request is read and dropped
 
 
@@ -6050,7 +6050,8 @@ class Server:
             told = (utc_now(), peer, actor, request, int(status), sent, round(took, 2))
             self.lines.append(json.dumps(dict(zip(TOLD, (*told, referer, agent)))))
             return
-        request, referer, agent = map(escape_log, (request, referer, agent))
+        if not PLAIN_LOG.fullmatch(request + referer + agent):
+            request, referer, agent = map(escape_log, (request, referer, agent))
         self.lines.append(
             f'{peer} - {actor or "-"} [{self.clock}] "{request}" {status} {sent}'
             f' "{referer}" "{agent}" {took:.2f}'
@@ -6167,7 +6168,7 @@ def write_text(text: str) -> None:
 
 def escape_log(text: str) -> str:
     """Text for a quoted part of a log line, on one line and in ASCII."""
-    return text if PLAIN_LOG.fullmatch(text) else json.dumps(text)[1:-1]
+    return json.dumps(text)[1:-1]
 
 
 def make_tls(settings: Settings) -> Any:
