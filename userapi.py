@@ -2671,7 +2671,6 @@ PROMETHEUS = "text/plain; version=0.0.4"
 HTML_UTF8 = f"{HTML}; charset=utf-8"
 ALL = (JSON, CSV, NDJSON)
 FORMATS = {"json": JSON, "csv": CSV, "ndjson": NDJSON}
-ACK = '{"code": 0, "message": "SUCCESS"'
 DIGITS = re.compile("[0-9]{1,16}")
 BOM = b"\xef\xbb\xbf"
 BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
@@ -2779,8 +2778,6 @@ PARAMS = {param.name: param for param in (
     Param("dry_run", BOOL, "Do everything but keep it."),
     Param("since", SINCE, "Only changes after this seq."),
 )}  # fmt: skip
-FIND = ("q", "name", "mail", "id", "sort", "limit", "after", "count", "fields",
-        "format")  # fmt: skip
 
 
 class Operation(NamedTuple):
@@ -2788,7 +2785,7 @@ class Operation(NamedTuple):
 
     `takes` are the media types of its body, `answers` those it answers with; `problems`
     are statuses of its own, beside those that follow from the rest; `shape` is what it
-    is about; `bulk` says that it may be about many.
+    is about.
     """
 
     name: str
@@ -2796,56 +2793,38 @@ class Operation(NamedTuple):
     path: str
     run: Callable[[Call], Answer]
     summary: str
-    params: tuple[str, ...]
-    takes: tuple[str, ...]
-    answers: tuple[str, ...]
-    status: int
-    problems: tuple[int, ...]
-    shape: str
-    bulk: bool
+    params: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+    answers: tuple[str, ...] = (JSON,)
+    problems: tuple[int, ...] = ()
+    shape: Shape = USER
 
     @property
     def writes(self) -> bool:
         return self.method not in SAFE
 
+    @property
+    def bulk(self) -> bool:
+        """Whether it may write many."""
+        return self.writes and not self.path.endswith(":id>")
+
+    @property
+    def envelopes(self) -> tuple[str, ...]:
+        """What its items are sent in."""
+        if self.bulk:
+            return ("item", "items") if self.method == "POST" else ("items",)
+        return ("item",)
+
+    @property
+    def status(self) -> int:
+        return 201 if self.method == "POST" else 200
+
 
 SAFE = ("GET", "HEAD", "OPTIONS")
-METHODS = (*SAFE, "POST", "PUT", "PATCH", "DELETE")
-OPERATIONS: list[Operation] = []
-Handler = Callable[["Call"], Answer]
-
-
-def operation(
-    method: str,
-    path: str,
-    *,
-    params: tuple[str, ...] = (),
-    takes: tuple[str, ...] = (),
-    answers: tuple[str, ...] = (JSON,),
-    status: int = 200,
-    problems: tuple[int, ...] = (),
-    bulk: bool = False,
-    name: str = "",
-) -> Callable[[Handler], Handler]:
-    """Describe the handler below as an operation; `{rows}` is each of SHAPES."""
-
-    def register(handler: Handler) -> Handler:
-        summary = " ".join((handler.__doc__ or "").split())
-        for shape in SHAPES.values() if "{rows}" in path else (USER,):
-            called = name or handler.__name__.replace("rows", shape.plural)
-            called = called.replace("row", shape.name)
-            told = summary.replace("{rows}", shape.title)
-            where = path.replace("{rows}", shape.name)
-            more = ("dry_run",) if method not in SAFE else ()
-            OPERATIONS.append(
-                Operation(
-                    called, method, where, handler, told, (*params, *more), takes,
-                    answers, status, problems, shape.name, bulk,
-                )
-            )  # fmt: skip
-        return handler
-
-    return register
+HOW = {"POST": "create", "PUT": "replace", "PATCH": "merge"}
+METHODS = (*SAFE, *HOW, "DELETE")
+#: what a call is about until its operation has been found
+NOTHING = Operation("none", "OPTIONS", "", lambda call: Answer(b""), "")
 
 
 class Call:
@@ -2870,13 +2849,9 @@ class Call:
         self.params: Item = {}
         self.prefix = ""
         self.media = self.takes = JSON
-        self.operation: Operation | None = None
+        self.operation = NOTHING
+        self.args: dict[str, int] = {}
         self.body = b""
-
-    @property
-    def shape(self) -> Shape:
-        assert self.operation is not None
-        return SHAPES[self.operation.shape]
 
     def header(self, name: str) -> str | None:
         return self.environ.get(f"HTTP_{name}")
@@ -2896,32 +2871,44 @@ class Call:
             raise bad_query([{"parameter": "fields", "detail": detail}])
         return tuple(name for name in self.members if name in names)
 
+    def precondition(self) -> Callable[[int], None] | None:
+        """What looks at the version of the user before it is written, if it is one.
+
+        Raises Problem 400, 428 where there is an If-Match that makes no sense, or none.
+        """
+        match = self.header("IF_MATCH")
+        if "id" not in self.args:
+            if match not in (None, "*") and self.method != "POST":
+                raise bad_header("If-Match", "goes with a write of one user")
+            return None
+        wanted = self.app.settings.require_if_match and not self.operation.bulk
+        if wanted and match is None:
+            raise Problem(428, "say with If-Match which version you change")
+        return self.check_version
+
     def check_version(self, version: int) -> None:
-        """The preconditions of a write of one user (RFC 9110 §13). Problem 412."""
-        match, none = self.header("IF_MATCH"), self.header("IF_NONE_MATCH")
-        if match is not None and not has_tag(match, f'"{version}"', weak=False):
-            raise Problem(412, "someone was faster; read the user again")
-        if none is not None and has_tag(none, f'"{version}"', weak=True):
+        """Raise Problem 412 where a write was not meant for this version of a user."""
+        if self.has(f'"{version}"'):
             raise Problem(412, "the user is there, and in this version")
 
-    def require_match(self) -> None:
-        if self.app.settings.require_if_match and self.header("IF_MATCH") is None:
-            raise Problem(428, "say with If-Match which version you change")
-
-    def refuse_match(self) -> None:
-        """A write of many has no one version to compare with."""
-        if self.header("IF_MATCH") not in (None, "*"):
-            raise bad_header("If-Match", "goes with a write of one user")
-
-    def tagged(self, body: Body, tag: str, more: Headers | None = None) -> Answer:
-        """A conditional answer to a GET: 304 where the client has it already."""
-        none, headers = self.header("IF_NONE_MATCH"), [("ETag", tag), *(more or ())]
-        if none is not None and has_tag(none, tag, weak=True):
-            return Answer(b"", headers, status=304)
-        match = self.header("IF_MATCH")
+    def has(self, tag: str) -> bool:
+        """Whether the client has what the tag names (RFC 9110 §13). Raises Problem 412
+        where it wants no other, and has another."""
+        match, none = self.header("IF_MATCH"), self.header("IF_NONE_MATCH")
         if match is not None and not has_tag(match, tag, weak=False):
-            raise Problem(412, "it is in another version now")
-        return Answer(body, headers, self.media)
+            raise Problem(412, "someone was faster; read the user again")
+        return none is not None and has_tag(none, tag, weak=True)
+
+    def tagged(
+        self, body: Body, tag: str, headers: Sequence[tuple[str, str]] = ()
+    ) -> Answer:
+        """The answer to a GET; plain JSON has a tag, and is a 304 to who has it."""
+        if self.media != JSON or "fields" in self.params:
+            return Answer(body, [*headers], self.media)
+        headers = [("ETag", tag), *headers]
+        if self.has(tag):
+            return Answer(b"", headers, status=304)
+        return Answer(body, headers)
 
 
 def has_tag(header: str, tag: str, weak: bool) -> bool:
@@ -3008,30 +2995,32 @@ def refuse_depth(source: str) -> None:
             raise ValueError("it is deeper than 32")
 
 
-def read_json(call: Call) -> Any:
+ENVELOPES = {"item": '{"item": {...}}', "items": '{"items": [{...}, ...]}'}
+
+
+def read_items(call: Call) -> tuple[list[Entry], bool]:
+    """The items of the body with their places, and whether it is the one `item`."""
     try:
-        return load_json(call.body)
+        sent = load_json(call.body)
     except ValueError as fault:
         raise Problem(400, f"the body is not valid JSON: {fault}") from None
-
-
-def read_items(call: Call, one: bool = False) -> tuple[list[tuple[Place, Any]], bool]:
-    """The items of an envelope with their places, and whether it holds just `item`."""
-    envelope = read_json(call)
-    found = envelope.keys() & {"item", "items"} if isinstance(envelope, dict) else ()
-    wanted = '{"item": {...}}' if one else '{"item": {...}} or {"items": [{...}, ...]}'
-    fault = {"pointer": "#", "detail": f"is not {wanted}"}
-    if len(found) != 1 or len(envelope) != 1 or one and "item" not in found:
-        raise Problem(422, "the envelope is not valid", [fault])
-    if "item" in envelope:
-        return [(Place("#/item"), envelope["item"])], True
-    items = envelope["items"]
+    wanted = call.operation.envelopes
+    found = [*sent] if isinstance(sent, dict) else []
+    if len(found) != 1 or found[0] not in wanted:
+        raise bad_envelope(f"is not {' or '.join(ENVELOPES[name] for name in wanted)}")
+    if found == ["item"]:
+        return [(Place("#/item"), sent["item"])], True
+    items, most = sent["items"], call.app.settings.max_items
     if not isinstance(items, list) or not items:
-        fault = {"pointer": "#", "detail": "items is no list of at least one item"}
-        raise Problem(422, "the envelope is not valid", [fault])
-    if len(items) > call.app.settings.max_items:
-        raise too_many(call.app.settings.max_items)
+        raise bad_envelope("items is no list of at least one item")
+    if len(items) > most:
+        raise too_many(most)
     return [(Place(f"#/items/{n}"), item) for n, item in enumerate(items)], False
+
+
+def bad_envelope(detail: str) -> Problem:
+    fault = Place("#").fault(None, detail)
+    return Problem(422, "the envelope is not valid", [fault])
 
 
 def too_many(most: int) -> Problem:
@@ -3228,51 +3217,61 @@ def read_pages(
     return store.pages(select, query, JOINTS[media])
 
 
-def acknowledge(texts: Iterable[str]) -> str:
-    """The acknowledgement of a write with what it created or changed."""
-    return f'{ACK}, "results": [{", ".join(texts)}]}}'
+def acknowledge(
+    call: Call, members: str = "", headers: Sequence[tuple[str, str]] = ()
+) -> Answer:
+    """The answer to a write; `members` are more of it, as JSON text."""
+    body = f'{{"code": 0, "message": "SUCCESS"{members}}}'
+    return Answer(body.encode(), [*headers], status=call.operation.status)
 
 
-def done(**more: int) -> bytes:
-    return to_json({"code": 0, "message": "SUCCESS", **more})
+def show_saved(
+    call: Call, texts: Iterable[str], version: int = 0, place: str = ""
+) -> Answer:
+    """The answer to a write of what is now there: of one, its place and version."""
+    headers = [("ETag", f'"{version}"')] if version else []
+    if place and call.method == "POST":
+        headers.append(("Location", call.uri(place)))
+    return acknowledge(call, f', "results": [{", ".join(texts)}]', headers)
 
 
-def shown(call: Call, ids: Sequence[int], status: int, one: bool) -> Answer:
-    """The acknowledgement of a write of users; of one with its ETag and Location."""
-    found = [call.store.show_user(id, call.members) or ("", 0) for id in ids]
-    headers = [("ETag", f'"{found[0][1]}"')] if one else []
-    if one and status == 201:
-        headers.append(("Location", call.uri(f"/user/{ids[0]}")))
-    body = acknowledge(text for text, _ in found)
-    return Answer(body.encode(), headers, status=status)
+def wanted_ids(call: Call, name: str) -> list[int]:
+    """What to delete: the one that the path names, or those of the parameter id."""
+    if name in call.args:
+        return [call.args[name]]
+    if "id" not in call.params:
+        raise bad_query([{"parameter": "id", "detail": "is required: id=1,2,3"}])
+    ids: list[int] = call.params["id"]
+    return ids
 
 
 # Users
 
 
-@operation("GET", "/user/0", params=FIND, answers=ALL, name="list_users_of_old")
-@operation("GET", "/user", params=FIND, answers=ALL)
 def list_users(call: Call) -> Answer:
-    """All users, or those that the parameters find; streamed if there is no limit."""
-    params = call.params
-    sort, limit, after = params.get("sort", "id"), params.get("limit"), None
-    if "after" in params:
-        if params["after"][0] != sort:
-            detail = "is a cursor of another sort"
-            raise bad_query([{"parameter": "after", "detail": detail}])
-        after = params["after"][1:]
-    members = call.fields()
-    filters = (params.get(name) for name in ("q", "name", "mail", "id"))
-    query = Query(*filters, sort, after, limit)  # type: ignore[call-arg,arg-type]
-    seq, headers = call.store.last_seq(), Headers()
-    body: Body
-    if limit:
-        body, headers = show_page(call, members, query, seq)
-    else:
-        body = show_all(call, members, query)
-    if call.media != JSON or "fields" in params:
-        return Answer(body, headers, call.media)
+    query, members, seq = make_query(call), call.fields(), call.store.last_seq()
+    if query.limit is None:
+        return call.tagged(show_all(call, members, query), f'W/"{seq}"')
+    body, headers = show_page(call, members, query, seq)
     return call.tagged(body, f'W/"{seq}"', headers)
+
+
+def make_query(call: Call) -> Query:
+    """The query that the parameters are. Raises Problem 400."""
+    params = call.params
+    sort, after = params.get("sort", "id"), params.get("after")
+    if after and after[0] != sort:
+        detail = "is a cursor of another sort"
+        raise bad_query([{"parameter": "after", "detail": detail}])
+    return Query(
+        q=params.get("q"),
+        name=params.get("name"),
+        mail=params.get("mail"),
+        ids=params.get("id"),
+        sort=sort,
+        after=after and after[1:],
+        limit=params.get("limit"),
+    )
 
 
 def show_total(call: Call, query: Query) -> str:
@@ -3283,12 +3282,10 @@ def show_total(call: Call, query: Query) -> str:
 
 def show_all(call: Call, members: tuple[str, ...], query: Query) -> Body:
     """All users that the query finds: streamed, unless they are few."""
-    pages: Iterable[Page] = read_pages(call.store, call.media, members, query)
-    page = next(iter(pages))
-    few = page.size < PAGE_ROWS
-    pages = [page] if few else itertools.chain([page], pages)
-    chunks = CHUNKS[call.media](pages, members, show_total(call, query))
-    return b"".join(chunks) if few else chunks
+    pages = read_pages(call.store, call.media, members, query)
+    first, total = next(pages), show_total(call, query)
+    chunks = CHUNKS[call.media](itertools.chain([first], pages), members, total)
+    return b"".join(chunks) if first.size < PAGE_ROWS else chunks
 
 
 def show_page(
@@ -3304,10 +3301,10 @@ def show_page(
     if kept and kept[0] == seq:
         return kept[1]
     page = next(read_pages(call.store, call.media, members, query))
-    following = next_uri(call, query, page) if page.size == query.limit else None
-    tail = f'{show_total(call, query)}, "next": {json.dumps(following)}'
+    uri = next_uri(call, query, page) if page.size == query.limit else None
+    following, headers = tell_next(uri)
+    tail = show_total(call, query) + following
     body = b"".join(CHUNKS[call.media]([page], members, tail))
-    headers = [("Link", f'<{following}>; rel="next"')] if following else []
     if len(body) < 16384:
         pages[key] = seq, (body, headers)
         if len(pages) > 100:
@@ -3332,237 +3329,101 @@ def next_uri(call: Call, query: Query, page: Page) -> str | None:
     return f"{call.uri('/user')}?{urlencode(kept, safe=',')}"
 
 
-@operation(
-    "GET", "/user/<id:id>", params=("fields", "format"), answers=ALL, problems=(404,)
-)
+def tell_next(uri: str | None) -> tuple[str, Headers]:
+    """The member `next` and the header Link of a limited answer."""
+    headers = [("Link", f'<{uri}>; rel="next"')] if uri else []
+    return f', "next": {json.dumps(uri)}', headers
+
+
 def get_user(call: Call) -> Answer:
-    """One user."""
     id, members = call.args["id"], call.fields()
     if call.media == JSON:
         found = call.store.show_user(id, members)
         if found is None:
             raise no_user(id)
-        body = f'{{"results": [{found[0]}]}}'.encode()
-        if "fields" in call.params:
-            return Answer(body)
-        return call.tagged(body, f'"{found[1]}"')
+        return call.tagged(f'{{"results": [{found[0]}]}}'.encode(), f'"{found[1]}"')
     page = next(read_pages(call.store, call.media, members, Query(ids=[id])))
     if not page.size:
         raise no_user(id)
     return Answer(b"".join(CHUNKS[call.media]([page], members, "")), [], call.media)
 
 
-@operation(
-    "POST",
-    "/user",
-    params=("conflict",),
-    takes=(JSON, CSV, NDJSON),
-    status=201,
-    problems=(409,),
-    bulk=True,
-)
-def create_user(call: Call) -> Answer:
-    """Create a user, or many; CSV and NDJSON are imported, and their users counted."""
+def save_users(call: Call) -> Answer:
+    check, conflict = call.precondition(), call.params.get("conflict", "fail")
     if call.takes != JSON:
-        counts = import_users(
-            call.store,
-            io.BytesIO(call.body),
-            call.takes,
-            view=call.view,
-            conflict=call.params.get("conflict", "fail"),
-            most=call.app.settings.max_items,
-        )
-        return Answer(done(**counts), status=201)
+        return import_body(call, conflict)
     items, one = read_items(call)
-    conflict = call.params.get("conflict", "fail")
-    saving = Saving(call.store, "create", call.members, conflict=conflict)
+    how, id = HOW[call.method], call.args.get("id")
+    saving = Saving(
+        call.store, how, call.members, id=id, check=check, conflict=conflict
+    )
     saved = saving.save([items])
     ids = [*saved.created, *saved.replaced]
-    return shown(call, ids, 201, one and len(ids) == 1)
+    found = [call.store.show_user(id, call.members) or ("", 0) for id in ids]
+    texts = (text for text, _ in found)
+    if one and found:
+        return show_saved(call, texts, found[0][1], f"/user/{ids[0]}")
+    return show_saved(call, texts)
 
 
-def change_users(call: Call, how: str) -> Answer:
-    call.refuse_match()
-    items, one = read_items(call)
-    if one:
-        fault = {"pointer": "#", "detail": 'is not {"items": [{...}, ...]}'}
-        raise Problem(422, "the envelope is not valid", [fault])
-    saved = Saving(call.store, how, call.members).save([items])
-    return shown(call, saved.replaced, 200, one=False)
+def import_body(call: Call, conflict: str) -> Answer:
+    """Import CSV or NDJSON; the users are counted, and not shown."""
+    counts = import_users(
+        call.store,
+        io.BytesIO(call.body),
+        call.takes,
+        view=call.view,
+        conflict=conflict,
+        most=call.app.settings.max_items,
+    )
+    told = (f', "{name}": {count}' for name, count in counts.items())
+    return acknowledge(call, "".join(told))
 
 
-def change_user(call: Call, how: str) -> Answer:
-    call.require_match()
-    items, _ = read_items(call, one=True)
-    id, check = call.args["id"], call.check_version
-    saving = Saving(call.store, how, call.members, id=id, check=check)
-    saved = saving.save([items])
-    return shown(call, saved.replaced, 200, one=True)
-
-
-@operation("PUT", "/user", takes=(JSON,), problems=(404, 409), bulk=True)
-def replace_users(call: Call) -> Answer:
-    """Replace name and mail of each of the items' users."""
-    return change_users(call, "replace")
-
-
-@operation("PATCH", "/user", takes=(JSON, MERGE), problems=(404, 409), bulk=True)
-def merge_users(call: Call) -> Answer:
-    """Merge each of the items into the user that it names (RFC 7396)."""
-    return change_users(call, "merge")
-
-
-@operation("DELETE", "/user", params=("id",), problems=(404,), bulk=True)
 def delete_users(call: Call) -> Answer:
-    """Delete the users that the parameter id names."""
-    call.refuse_match()
-    call.store.delete_users(wanted_ids(call))
-    return Answer(done())
-
-
-def wanted_ids(call: Call) -> list[int]:
-    ids: list[int] | None = call.params.get("id")
-    if ids is None:
-        raise bad_query([{"parameter": "id", "detail": "is required: id=1,2,3"}])
-    return ids
-
-
-@operation("PUT", "/user/<id:id>", takes=(JSON,), problems=(404, 409, 412))
-def replace_user(call: Call) -> Answer:
-    """Replace a user's name and mail, in v2 also the lists that are sent."""
-    return change_user(call, "replace")
-
-
-@operation("PATCH", "/user/<id:id>", takes=(JSON, MERGE), problems=(404, 409, 412))
-def merge_user(call: Call) -> Answer:
-    """Merge the item into a user (RFC 7396)."""
-    return change_user(call, "merge")
-
-
-@operation("DELETE", "/user/<id:id>", problems=(404, 412))
-def delete_user(call: Call) -> Answer:
-    """Delete a user with its phone numbers and addresses."""
-    call.require_match()
-    call.store.delete_users([call.args["id"]], call.check_version)
-    return Answer(done())
+    check = call.precondition()
+    call.store.delete_users(wanted_ids(call, "id"), check)
+    return acknowledge(call)
 
 
 # Phones and addresses
 
 
-@operation("GET", "/user/<id:id>/{rows}", problems=(404,))
 def list_rows(call: Call) -> Answer:
-    """The {rows} list of a user."""
-    rows, version = call.store.show_rows(call.args["id"], call.shape)
+    rows, version = call.store.show_rows(call.args["id"], call.operation.shape)
     return call.tagged(f'{{"results": {rows}}}'.encode(), f'"{version}"')
 
 
-@operation("GET", "/user/<id:id>/{rows}/<n:id>", problems=(404,))
 def get_row(call: Call) -> Answer:
-    """One {rows} of a user."""
-    rows, version = call.store.show_rows(call.args["id"], call.shape)
-    row = [row for row in json.loads(rows) if row["id"] == call.args["n"]]
-    if not row:
-        raise no_row(call)
-    return call.tagged(to_json({"results": row}), f'"{version}"')
+    user, n, shape = call.args["id"], call.args["n"], call.operation.shape
+    rows, version = call.store.show_rows(user, shape)
+    found = [row for row in json.loads(rows) if row["id"] == n]
+    if not found:
+        raise Problem(404, f"user {user} has no such {shape.name}")
+    return call.tagged(to_json({"results": found}), f'"{version}"')
 
 
-def no_row(call: Call) -> Problem:
-    return Problem(404, f"user {call.args['id']} has no such {call.shape.name}")
-
-
-def save_rows(call: Call, how: str, one: bool, number: int | None = None) -> Answer:
-    items, single = read_items(call, one)
-    if how != "create" and not one and single:
-        fault = {"pointer": "#", "detail": 'is not {"items": [{...}, ...]}'}
-        raise Problem(422, "the envelope is not valid", [fault])
-    user, shape, check = call.args["id"], call.shape, call.check_version
-    numbers, version = call.store.save_rows(user, shape, items, how, number, check)
+def save_rows(call: Call) -> Answer:
+    check, shape, user = call.precondition(), call.operation.shape, call.args["id"]
+    items, one = read_items(call)
+    how, n = HOW[call.method], call.args.get("n")
+    numbers, version = call.store.save_rows(user, shape, items, how, n, check)
     rows = {row["id"]: row for row in json.loads(call.store.show_rows(user, shape)[0])}
-    headers = [("ETag", f'"{version}"')]
-    if how == "create" and single:
-        headers.append(
-            ("Location", call.uri(f"/user/{user}/{shape.name}/{numbers[0]}"))
-        )
-    body = acknowledge(json.dumps(rows[n], ensure_ascii=False) for n in numbers)
-    status = 201 if how == "create" else 200
-    return Answer(body.encode(), headers, status=status)
+    texts = (ENCODER.encode(rows[number]) for number in numbers)
+    place = f"/user/{user}/{shape.name}/{numbers[0]}" if one else ""
+    return show_saved(call, texts, version, place)
 
 
-@operation(
-    "POST",
-    "/user/<id:id>/{rows}",
-    takes=(JSON,),
-    status=201,
-    problems=(404, 409, 412),
-    bulk=True,
-)
-def create_row(call: Call) -> Answer:
-    """Add a {rows} to a user, or many."""
-    return save_rows(call, "create", one=False)
-
-
-@operation("PUT", "/user/<id:id>/{rows}", takes=(JSON,), problems=(404, 412), bulk=True)
-def replace_rows(call: Call) -> Answer:
-    """Replace each {rows} of a user that the items name."""
-    return save_rows(call, "replace", one=False)
-
-
-@operation(
-    "PATCH", "/user/<id:id>/{rows}", takes=(JSON, MERGE), problems=(404, 412), bulk=True
-)
-def merge_rows(call: Call) -> Answer:
-    """Merge each item into the {rows} of a user that it names (RFC 7396)."""
-    return save_rows(call, "merge", one=False)
-
-
-@operation(
-    "DELETE", "/user/<id:id>/{rows}", params=("id",), problems=(404, 412), bulk=True
-)
 def delete_rows(call: Call) -> Answer:
-    """Delete each {rows} of a user that the parameter id names."""
-    ids, check = wanted_ids(call), call.check_version
-    call.store.delete_rows(call.args["id"], call.shape, ids, check)
-    return Answer(done())
-
-
-@operation("PUT", "/user/<id:id>/{rows}/<n:id>", takes=(JSON,), problems=(404, 412))
-def replace_row(call: Call) -> Answer:
-    """Replace one {rows} of a user."""
-    call.require_match()
-    return save_rows(call, "replace", True, call.args["n"])
-
-
-@operation(
-    "PATCH", "/user/<id:id>/{rows}/<n:id>", takes=(JSON, MERGE), problems=(404, 412)
-)
-def merge_row(call: Call) -> Answer:
-    """Merge the item into one {rows} of a user (RFC 7396)."""
-    call.require_match()
-    return save_rows(call, "merge", True, call.args["n"])
-
-
-@operation("DELETE", "/user/<id:id>/{rows}/<n:id>", problems=(404, 412))
-def delete_row(call: Call) -> Answer:
-    """Delete one {rows} of a user."""
-    call.require_match()
-    check = call.check_version
-    call.store.delete_rows(call.args["id"], call.shape, [call.args["n"]], check)
-    return Answer(done())
+    check, shape = call.precondition(), call.operation.shape
+    call.store.delete_rows(call.args["id"], shape, wanted_ids(call, "n"), check)
+    return acknowledge(call)
 
 
 # The log, the documents, operating
 
 
-@operation(
-    "GET",
-    "/changes",
-    params=("since", "limit"),
-    answers=(JSON, EVENTS),
-    problems=(410,),
-)
 def list_changes(call: Call) -> Answer:
-    """Who changed which members of whom; as server-sent events it stays open."""
     since, limit = call.params.get("since"), call.params.get("limit")
     last = call.header("LAST_EVENT_ID")
     try:
@@ -3570,19 +3431,16 @@ def list_changes(call: Call) -> Answer:
     except ValueError as fault:
         raise bad_header("Last-Event-ID", str(fault)) from None
     if call.media == EVENTS:
-        since = last_seq
-        call.store.changes(since, 1)  # a 410 is said before the stream begins
-        return Answer(events(call, since), [], EVENTS)
+        call.store.changes(last_seq, 1)  # a 410 is said before the stream begins
+        return Answer(events(call, last_seq), [], EVENTS)
     rows = call.store.changes(since, limit or MAX_CHANGES)
-    members, tail = ", ".join(row for row, _ in rows), ""
-    headers = []
+    members, tail, headers = ", ".join(row for row, _ in rows), "", Headers()
     if limit is not None:
-        following = None
+        uri = None
         if len(rows) == limit and rows[-1][1] < call.store.last_seq():
             query = urlencode({"since": rows[-1][1], "limit": limit})
-            following = f"{call.uri('/changes')}?{query}"
-            headers = [("Link", f'<{following}>; rel="next"')]
-        tail = f', "next": {json.dumps(following)}'
+            uri = f"{call.uri('/changes')}?{query}"
+        tail, headers = tell_next(uri)
     return Answer(f'{{"results": [{members}]{tail}}}'.encode(), headers)
 
 
@@ -3620,16 +3478,12 @@ def events(call: Call, since: int | None) -> Iterator[bytes]:
             return
 
 
-@operation("GET", "/", answers=(HTML,))
 def get_page(call: Call) -> Answer:
-    """The admin page."""
     seq, writes = call.store.last_seq(), call.role == "admin"
     return html_answer(page(call.prefix, seq, call.actor, writes))
 
 
-@operation("GET", "/docs", answers=(HTML,))
 def get_reference(call: Call) -> Answer:
-    """The reference for people."""
     return html_answer(reference(call.prefix))
 
 
@@ -3639,29 +3493,99 @@ def html_answer(document: tuple[str, str]) -> Answer:
     return Answer(body.encode(), headers, HTML_UTF8)
 
 
-@operation("GET", "/openapi.json")
 def get_openapi(call: Call) -> Answer:
-    """The OpenAPI document."""
     return Answer(to_json(openapi(call.prefix)))
 
 
-@operation("GET", "/postman.json")
 def get_postman(call: Call) -> Answer:
-    """The Postman collection."""
     scheme, host = call.environ["wsgi.url_scheme"], call.header("HOST") or "localhost"
     return Answer(to_json(postman(f"{scheme}://{host}{call.prefix}")))
 
 
-@operation("GET", "/health")
 def get_health(call: Call) -> Answer:
-    """Whether the server answers; needs no token."""
     return Answer(to_json({"status": "ok"}))
 
 
-@operation("GET", "/metrics", answers=(PROMETHEUS,))
 def get_metrics(call: Call) -> Answer:
-    """Figures for Prometheus."""
     return Answer(call.app.metrics.write(call.store).encode(), [], PROMETHEUS)
+
+
+# What there is
+
+FIND = ("q", "name", "mail", "id", "sort", "limit", "after", "count", "fields",
+        "format")  # fmt: skip
+DRY, MANY_IDS = ("dry_run",), ("id", "dry_run")
+ITEM, CHANGES = (JSON,), (JSON, MERGE)
+LIST = "All users, or those that the parameters find; streamed if there is no limit."
+
+
+def row_operations(shape: Shape) -> tuple[Operation, ...]:
+    """The operations on this kind of rows below a user."""
+    row, rows, title = shape.name, shape.plural, shape.title
+    many = f"/user/<id:id>/{row}"
+    one = f"{many}/<n:id>"
+    on = functools.partial(Operation, shape=shape)
+    return (
+        on(f"list_{rows}", "GET", many, list_rows, f"The {title} list of a user."),
+        on(f"get_{row}", "GET", one, get_row, f"One {title} of a user."),
+        on(f"create_{row}", "POST", many, save_rows,
+            f"Add a {title} to a user, or many.", DRY, ITEM, problems=(409,)),
+        on(f"replace_{rows}", "PUT", many, save_rows,
+            f"Replace each {title} of a user that the items name.", DRY, ITEM),
+        on(f"merge_{rows}", "PATCH", many, save_rows,
+            f"Merge each item into the {title} of a user that it names (RFC 7396).",
+            DRY, CHANGES),
+        on(f"delete_{rows}", "DELETE", many, delete_rows,
+            f"Delete each {title} of a user that the parameter id names.", MANY_IDS),
+        on(f"replace_{row}", "PUT", one, save_rows,
+            f"Replace one {title} of a user.", DRY, ITEM),
+        on(f"merge_{row}", "PATCH", one, save_rows,
+            f"Merge the item into one {title} of a user (RFC 7396).", DRY, CHANGES),
+        on(f"delete_{row}", "DELETE", one, delete_rows,
+            f"Delete one {title} of a user.", DRY),
+    )  # fmt: skip
+
+
+OPERATIONS = (
+    Operation("list_users", "GET", "/user", list_users, LIST, FIND, answers=ALL),
+    Operation("list_users_of_old", "GET", "/user/0", list_users, LIST, FIND,
+        answers=ALL),
+    Operation("get_user", "GET", "/user/<id:id>", get_user,
+        "One user.", ("fields", "format"), answers=ALL),
+    Operation("create_user", "POST", "/user", save_users,
+        "Create a user, or many; CSV and NDJSON are imported, and their users counted.",
+        ("conflict", "dry_run"), ALL, problems=(409,)),
+    Operation("replace_users", "PUT", "/user", save_users,
+        "Replace name and mail of each of the items' users.", DRY, ITEM,
+        problems=(409,)),
+    Operation("merge_users", "PATCH", "/user", save_users,
+        "Merge each of the items into the user that it names (RFC 7396).", DRY, CHANGES,
+        problems=(409,)),
+    Operation("delete_users", "DELETE", "/user", delete_users,
+        "Delete the users that the parameter id names.", MANY_IDS),
+    Operation("replace_user", "PUT", "/user/<id:id>", save_users,
+        "Replace a user's name and mail, in v2 also the lists that are sent.", DRY,
+        ITEM, problems=(409,)),
+    Operation("merge_user", "PATCH", "/user/<id:id>", save_users,
+        "Merge the item into a user (RFC 7396).", DRY, CHANGES, problems=(409,)),
+    Operation("delete_user", "DELETE", "/user/<id:id>", delete_users,
+        "Delete a user with its phone numbers and addresses.", DRY),
+    *(operation for shape in SHAPES.values() for operation in row_operations(shape)),
+    Operation("list_changes", "GET", "/changes", list_changes,
+        "Who changed which members of whom; as server-sent events it stays open.",
+        ("since", "limit"), answers=(JSON, EVENTS), problems=(410,)),
+    Operation("get_page", "GET", "/", get_page, "The admin page.", answers=(HTML,)),
+    Operation("get_reference", "GET", "/docs", get_reference,
+        "The reference for people.", answers=(HTML,)),
+    Operation("get_openapi", "GET", "/openapi.json", get_openapi,
+        "The OpenAPI document."),
+    Operation("get_postman", "GET", "/postman.json", get_postman,
+        "The Postman collection."),
+    Operation("get_health", "GET", "/health", get_health,
+        "Whether the server answers; needs no token."),
+    Operation("get_metrics", "GET", "/metrics", get_metrics,
+        "Figures for Prometheus.", answers=(PROMETHEUS,)),
+)  # fmt: skip
 
 
 # ── Application ───────────────────────────────────────────────────────────────────
@@ -3974,8 +3898,8 @@ class UserAPI:
             answer = problem_answer(self.report(environ, fault))
         if call.actor:
             environ["REMOTE_USER"] = call.actor
-        name = call.operation.name if call.operation else "none"
-        self.metrics.note(name, answer.status, time.perf_counter() - began)
+        took = time.perf_counter() - began
+        self.metrics.note(call.operation.name, answer.status, took)
         body, headers = answer.body, [*answer.headers, *COMMON, *self.vary]
         if answer.media != HTML_UTF8:
             headers.append(("Content-Security-Policy", POLICY))
@@ -3993,9 +3917,10 @@ class UserAPI:
 
     def respond(self, call: Call) -> Answer:
         """Answer what the head asks for, with the body. Raises Problem."""
-        resource, found = self.read_head(call), call.operation
-        if found is None:
+        resource = self.read_head(call)
+        if call.method == "OPTIONS":
             return self.show_options(call, resource)
+        found = call.operation
         if found.takes:
             self.read_body(call)
         return self.write(call, found) if found.writes else found.run(call)
@@ -4211,7 +4136,6 @@ IDEMPOTENCY_KEY = (
     " done once within a day; its repetition is answered as it was, with a header"
     " Idempotency-Replayed: true. Not together with dry_run."
 )
-HOW = {"POST": "Create", "PUT": "Replace", "PATCH": "Merge"}
 #: how items are sent; of Each, many in one request, and each names its id
 HOWS = ("Create", "Replace", "ReplaceEach", "Merge", "MergeEach")
 NULLABLE: Item = {"type": ["string", "null"]}
@@ -4257,8 +4181,9 @@ def follows(found: Operation) -> list[Any]:
     """What follows from what an operation is: the headers that it reads and answers
     with, and the statuses of problems."""
     users, writes = found.path.startswith("/user"), found.writes
+    one_user = writes and "<id:id>" in found.path
     there: dict[tuple[Any, ...], Any] = {
-        ("If-Match",): writes and 412 in found.problems,
+        ("If-Match", 412): one_user,
         ("If-None-Match", 412): users and not writes,
         ("Last-Event-ID",): EVENTS in found.answers,
         ("ETag",): users and found.method != "DELETE",
@@ -4266,10 +4191,11 @@ def follows(found: Operation) -> list[Any]:
         ("Link",): "limit" in found.params,
         ("Idempotency-Replayed",): found.method == "POST",
         (401, 429): found.path != "/health",
+        (404,): "<" in found.path or writes and found.method != "POST",
         (405,): writes and found.path == "/user/<id:id>",  # none of them at /user/0
         (411, 413, 415): found.takes,
         (422, 507): writes,
-        (428,): 412 in found.problems and not found.bulk,
+        (428,): one_user and not found.bulk,
     }
     return [each for group, holds in there.items() if holds for each in group]
 
@@ -4397,7 +4323,7 @@ def schemas() -> Item:
 
 def body_of(found: Operation, form: Form) -> Item:
     """The request body of an operation, in each media type that it takes."""
-    how = HOW[found.method]
+    how = HOW[found.method].title()
     how += "Each" if found.bulk and how != "Create" else ""
     item, schema = form.example(how), ref(form.name(f"{how}Body"))
     example = {"items": [item]} if how.endswith("Each") else {"item": item}
@@ -4478,7 +4404,7 @@ def parameters_of(found: Operation, path: str, form: Form) -> list[Item]:
 
 def describe(found: Operation, path: str, resource: Resource) -> Item:
     """The OpenAPI operation that an operation is at a resource."""
-    form = Form(SHAPES.get(found.shape, USER), resource.view)
+    form = Form(found.shape, resource.view)
     more = IDEMPOTENCY_KEY if found.method == "POST" else ""
     tag = "changes" if found.path == "/changes" else "service"
     if found.path.startswith("/user"):
