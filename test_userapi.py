@@ -5216,6 +5216,7 @@ REFUSED = [
     ["--nonsense"],
     ["nonsense"],
     ["serve", "extra"],
+    ["--db", ""],
     ["--port", "x"],
     ["--port", "-1"],
     ["--port", "65536"],

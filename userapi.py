@@ -114,7 +114,8 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("db", "users.db", "path of the SQLite file, :memory:, or postgresql://…"),
+    Setting("db", "users.db", "path of the SQLite file, :memory:, or postgresql://…",
+        "(?s).+", "needs a path"),
     Setting("host", "127.0.0.1", "address to listen on; :: is all, IPv4's too"),
     Setting("port", 8080, "port to listen on; 0 picks a free one"),
     Setting("unix", "", "path of a Unix socket to listen on instead"),
@@ -6129,10 +6130,11 @@ def is_socket(path: str) -> bool:
 
 def open_sockets(settings: Settings) -> list[socket.socket]:
     """The sockets to listen on: handed over, Unix, or TCP. Raises SettingError."""
-    if os.environ.get("LISTEN_PID") == str(os.getpid()):
-        count = int(os.environ.get("LISTEN_FDS", "0"))
-        return [socket.socket(fileno=3 + number) for number in range(count)]
+    handed = os.environ.get("LISTEN_FDS", "")
+    ours = os.environ.get("LISTEN_PID") == str(os.getpid())
     try:
+        if ours and re.fullmatch("[1-9][0-9]?", handed):
+            return [socket.socket(fileno=3 + number) for number in range(int(handed))]
         if settings.unix:
             if not hasattr(socket, "AF_UNIX"):
                 raise SettingError("this system has no Unix sockets")

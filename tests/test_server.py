@@ -2261,9 +2261,9 @@ def test_who_speaks_no_tls_harms_nobody(secure, trust):
 #: Become the server with descriptor 3 as systemd's protocol has it.
 HAND_OVER = """
 import os, sys
-descriptor, pid, *command = sys.argv[1:]
+descriptor, pid, count, *command = sys.argv[1:]
 os.dup2(int(descriptor), 3)
-os.environ.update(LISTEN_FDS="1", LISTEN_PID=pid if int(pid) else str(os.getpid()))
+os.environ.update(LISTEN_FDS=count, LISTEN_PID=pid if int(pid) else str(os.getpid()))
 os.execv(sys.executable, [sys.executable, *command])
 """
 
@@ -2273,7 +2273,7 @@ def test_a_socket_handed_over_is_served(tmp_path):
     """Also to those who were waiting in its queue before there was a server."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         fd = listener.fileno()
-        argv = ["-c", HAND_OVER, fd, 0, USERAPI, "serve", "--db", tmp_path / "users.db"]
+        argv = ["-c", HAND_OVER, fd, 0, 1, USERAPI, "--db", tmp_path / "users.db"]
         early = socket.create_connection(listener.getsockname(), timeout=30)
         early.sendall(request("GET", "/api/user", None, "Connection: close"))
         with Server(tmp_path, argv=argv, fds=(fd,), port=None) as server:
@@ -2286,10 +2286,12 @@ def test_a_socket_handed_over_is_served(tmp_path):
 
 
 @linux
-def test_a_socket_handed_to_another_process_is_left_alone(tmp_path):
+@pytest.mark.parametrize("pid,count", [(1, 1), (0, 0), (0, ""), (0, "some")])
+def test_a_socket_not_handed_to_this_process_is_left_alone(tmp_path, pid, count):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         fd = listener.fileno()
-        argv = ["-c", HAND_OVER, fd, 1, USERAPI, "serve", "--db", tmp_path / "users.db"]
+        argv = ["-c", HAND_OVER, fd, pid, count, USERAPI]
+        argv += ["serve", "--db", tmp_path / "users.db"]
         with Server(tmp_path, argv=argv, fds=(fd,)) as server:
             assert server.port != listener.getsockname()[1]
             with Client(server) as client:
