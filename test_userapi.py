@@ -5498,13 +5498,15 @@ def test_a_progress_bar_says_how_much_is_left(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    progress = userapi.Progress("rows", 400)
-    progress.show(50, 100)
-    assert terminal.getvalue() == "", "not before a tenth of a second"
-    progress.began = progress.shown = time.monotonic() - 10
-    progress.show(50, 100)
-    bar = "#" * 7 + " " * 23
-    assert terminal.getvalue() == f"\r[{bar}] 50 rows, 5/s, 30 s left "
+    bar = f"\r[{'#' * 7}{' ' * 23}] 50 rows, 5/s, 30 s left "
+    with pytest.raises(OSError), userapi.Progress("rows", 400) as progress:
+        progress.show(50, 100)
+        assert terminal.getvalue() == "", "not before a tenth of a second"
+        progress.began = progress.shown = time.monotonic() - 10
+        progress.show(50, 100)
+        assert terminal.getvalue() == bar
+        raise OSError
+    assert terminal.getvalue() == f"{bar}\r\x1b[K", "out of the way of the message"
 
 
 def test_import_names_the_bad_lines_and_keeps_nothing(command, client, tmp_path):
@@ -5668,6 +5670,71 @@ def test_import_from_standard_input_and_export_to_a_pipe(db):
     out = subprocess.run(args, capture_output=True, timeout=60)
     assert (out.returncode, out.stderr) == (0, b"")
     assert out.stdout == (CSV_TEXT + "1338,Zoé,z@x\r\n").encode()
+
+
+BUFFERED = {"PYTHONUNBUFFERED": ""}
+PRINTING = [["openapi"], ["token", "add", "desk"], ["check"]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has no /dev/full")
+@pytest.mark.parametrize("argv", PRINTING, ids=" ".join)
+def test_what_cannot_be_printed_is_a_1_and_one_line(db, argv):
+    env = {**os.environ, **BUFFERED, "USERAPI_DB": str(db)}
+    with open("/dev/full", "w") as full:
+        done_ = subprocess.run(
+            [*PROGRAM, *argv], stdout=full, stderr=subprocess.PIPE, timeout=60, env=env
+        )
+    assert (done_.returncode, done_.stderr.count(b"\n")) == (1, 1), done_
+
+
+@pytest.mark.parametrize("argv", PRINTING, ids=" ".join)
+def test_a_reader_that_has_gone_is_a_1_without_a_word(db, argv):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    env = {**os.environ, **BUFFERED, "USERAPI_DB": str(db)}
+    done_ = subprocess.run(
+        [*PROGRAM, *argv], stdout=theirs, stderr=subprocess.PIPE, timeout=60, env=env
+    )
+    os.close(theirs)
+    assert (done_.returncode, done_.stderr) == (1, b"")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM")
+def test_a_server_whose_log_nobody_reads_ends_as_any_other(db):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with serving("--db", db, out=theirs, env=BUFFERED) as (process, url, _):
+        os.close(theirs)
+        assert b" 200 OK" in talk(
+            url, b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n"
+        )
+        process.terminate()
+        assert process.wait(30) == 0
+        assert process.stderr.read() == ""
+
+
+def test_the_documents_are_printed_on_any_terminal():
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    out = subprocess.run(
+        [*PROGRAM, "openapi"], capture_output=True, timeout=60, env=env
+    )
+    assert json.loads(out.stdout) == userapi.openapi()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no named pipes")
+def test_an_export_goes_into_a_pipe_as_it_is(command, tmp_path):
+    pipe = tmp_path / "users.csv"
+    os.mkfifo(pipe)
+    with open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        assert command("export", pipe) == (0, "", "")
+        assert file.read() == CSV_TEXT.encode()
+    assert pipe.is_fifo()
+
+
+def test_an_import_of_nothing_makes_no_database(command, db):
+    db.unlink()
+    assert command("import", "missing.csv")[0] == 1
+    assert not db.exists()
 
 
 def test_importing_the_module_does_nothing(tmp_path):

@@ -6217,11 +6217,13 @@ STORE_SETTINGS = ("db", "unique_mail", "keep_changes")
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0 done, 1 failed, 2 wrong usage or a refused setting."""
     try:
-        return run_arguments(list(sys.argv[1:] if argv is None else argv))
-    except SystemExit as end:  # argparse has told what it had to
-        return int(end.code or 0)
+        try:
+            return run_arguments(list(sys.argv[1:] if argv is None else argv))
+        except SystemExit as end:  # argparse has told what it had to
+            return int(end.code or 0)
+        finally:
+            flush_output()
     except BrokenPipeError:  # who reads our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (
         SettingError,
@@ -6232,6 +6234,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     ) as fault:
         print(f"userapi: {explain(fault)}", file=sys.stderr)
         return 2 if isinstance(fault, SettingError) else 1
+
+
+def flush_output() -> None:
+    """Write what is still to be written; else it would fail unseen at the end."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def run_arguments(arguments: list[str]) -> int:
@@ -6306,6 +6317,8 @@ def run_serve(given: Item) -> int:
     if not settings.token and is_missing(settings.db):
         refuse_exposed(settings)  # before a database is made
     serve(UserAPI(**given))
+    with contextlib.suppress(OSError):  # who reads the log may have gone
+        flush_output()
     return 0
 
 
@@ -6334,7 +6347,10 @@ class Progress:
         )
         sys.stderr.flush()
 
-    def end(self) -> None:
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self.active:
             sys.stderr.write("\r\x1b[K")
 
@@ -6347,7 +6363,7 @@ def run_import(store: Store, given: Item) -> int:
             file = stack.enter_context(open(given["file"], "rb"))
         media = FORMATS[given["format"] or guess_format(file, given["file"])]
         size = os.fstat(file.fileno()).st_size
-        progress = Progress("rows", size)
+        progress = stack.enter_context(Progress("rows", size))
 
         def watch(count: int) -> None:
             progress.show(count, file.tell() if size else 0)
@@ -6362,7 +6378,6 @@ def run_import(store: Store, given: Item) -> int:
                 keeps=(*KEPT, "version"),  # who moves a database moves its ETags
                 watch=watch,
             )
-        progress.end()
     print(", ".join(f"{count} {name}" for name, count in counts.items()))
     return 0
 
@@ -6375,7 +6390,7 @@ def guess_format(file: Any, path: str) -> str:
 
 
 def run_export(store: Store, given: Item) -> int:
-    """Write all users; a file appears under its name when it is whole."""
+    """Write all users."""
     path = given["file"]
     end = given["format"] or path.rpartition(".")[2].lower()
     if end not in FORMATS and path != "-":
@@ -6384,19 +6399,26 @@ def run_export(store: Store, given: Item) -> int:
         )
     media = FORMATS.get(end, NDJSON)
     members = CSV_MEMBERS if media == CSV else VIEWS["v2"]
-    progress = Progress("rows", store.count_users())
+    with Progress("rows", store.count_users()) as progress:
 
-    def watched(pages: Iterable[Page]) -> Iterator[Page]:
-        for page in pages:
-            progress.show(progress.count + page.size)
-            yield page
+        def watched(pages: Iterable[Page]) -> Iterator[Page]:
+            for page in pages:
+                progress.show(progress.count + page.size)
+                yield page
 
-    pages = watched(read_pages(store, media, members, Query()))
-    chunks = CHUNKS[media](pages, members, "")
+        pages = watched(read_pages(store, media, members, Query()))
+        write_file(path, CHUNKS[media](pages, members, ""))
+    return 0
+
+
+def write_file(path: str, chunks: Iterable[bytes]) -> None:
+    """Write to standard output (-), a pipe or a device; or a file, whole or not."""
     if path == "-":
-        for chunk in chunks:
-            sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.writelines(chunks)
         sys.stdout.buffer.flush()
+    elif os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "wb") as file:
+            file.writelines(chunks)
     else:
         part = f"{path}.{os.getpid()}.part"
         try:
@@ -6408,19 +6430,16 @@ def run_export(store: Store, given: Item) -> int:
         finally:
             with contextlib.suppress(OSError):
                 os.remove(part)
-    progress.end()
-    return 0
 
 
 def run_backup(store: Store, given: Item) -> int:
-    progress = Progress("pages", 1)
+    with Progress("pages", 1) as progress:
 
-    def show(done: int, total: int) -> None:
-        progress.total = total
-        progress.show(done)
+        def show(done: int, total: int) -> None:
+            progress.total = total
+            progress.show(done)
 
-    store.backup(given["file"], show)
-    progress.end()
+        store.backup(given["file"], show)
     return 0
 
 
@@ -6452,7 +6471,7 @@ def run_token(store: Store, given: Item) -> int:
 
 
 def run_document(document: Item) -> int:
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    print(json.dumps(document, indent=2))  # ASCII, as not every terminal has more
     return 0
 
 
@@ -6474,6 +6493,8 @@ def run_command(command: str, given: Item) -> int:
     if command in RUN:
         return RUN[command](given)
     settings = Settings({name: given[name] for name in STORE_SETTINGS})
+    if command == "import" and given["file"] != "-":
+        os.stat(given["file"])  # before a database is made
     if given.get("dry_run") and is_missing(settings.db):
         settings.update({"db": ":memory:"})
     makes = command == "import" or given.get("action") == "add"
