@@ -3050,26 +3050,47 @@ def read_csv(file: Any) -> Iterator[Columns | list[Entry]]:
 
     lines = itertools.chain([file.readline().removeprefix(BOM)], file)
     reader = csv.reader(map(bytes.decode, lines), strict=True)
-    header, size, more = list[str](), 1, True
-    while more:
-        line, rows = reader.line_num + 1, list[Any]()
-        try:
-            rows.extend(itertools.islice(reader, size))
-            more = len(rows) == size
-        except csv.Error as fault:  # what came before it is in rows
-            rows.append(BadLine(f"is not valid CSV: {fault}"))
-        except UnicodeDecodeError:
-            raise no_text(reader.line_num + 1) from None
-        if header:
-            columns = read_columns(line, header, rows)
-            yield columns or list(csv_entries(line, header, rows))
-        elif rows and rows[0] and isinstance(rows[0], list):
-            check_header(header := rows[0])
-            size = BATCH
-        else:
-            yield list(csv_entries(line, header, rows))
-    if not header:
-        raise bad_header_line(["there is no header line"])
+    first = take_rows(reader, 1)
+    while first == [[]]:  # a blank line
+        first = take_rows(reader, 1)
+    header = check_header(first)
+    line = reader.line_num + 1
+    while rows := take_rows(reader, BATCH):
+        yield read_columns(line, header, rows) or list(csv_entries(line, header, rows))
+        line = reader.line_num + 1
+
+
+def take_rows(reader: Any, most: int) -> list[Any]:
+    """The next rows of a CSV reader; the last is a BadLine if it could not be read."""
+    import csv
+
+    rows: list[Any] = []
+    try:
+        rows.extend(itertools.islice(reader, most))
+    except csv.Error as fault:  # what came before it is in rows
+        rows.append(BadLine(f"is not valid CSV: {fault}"))
+    except UnicodeDecodeError:
+        line = reader.line_num + 1
+        errors = [Place("#", line).fault(None, "is not UTF-8")]
+        raise Problem(400, f"line {line} is not UTF-8", errors, total=1) from None
+    return rows
+
+
+def check_header(rows: list[Any]) -> list[str]:
+    """The CSV header that this row is: it names columns that are known, each once, and
+    the required ones. Raises Problem 422."""
+    faults: list[str] = [row for row in rows if isinstance(row, BadLine)]
+    header: list[str] = rows[0] if rows and not faults else []
+    columns = {field.name: field for field in USER.fields if field.csv}
+    faults += [f"{name} is no column" for name in header if name not in columns]
+    faults += [f"{name} stands twice" for name in columns if header.count(name) > 1]
+    for name, field in columns.items():
+        if field.required and name not in header:
+            faults.append(f"{name} is missing")
+    if faults:
+        errors = [Place("#", 1).fault(None, fault) for fault in faults]
+        raise Problem(422, "the CSV header is not valid", errors, total=len(errors))
+    return header
 
 
 def csv_entries(line: int, header: list[str], rows: list[Any]) -> Iterator[Entry]:
@@ -3082,28 +3103,6 @@ def csv_entries(line: int, header: list[str], rows: list[Any]) -> Iterator[Entry
         line += 1 + sum(cell.count("\n") for cell in cells)
         if cells and (len(cells) > 1 or cells[0].strip()):
             yield place, csv_item(header, [unguard(cell) for cell in cells])
-
-
-def no_text(line: int) -> Problem:
-    fault = Place("#", line).fault(None, "is not UTF-8")
-    return Problem(400, f"line {line} is not UTF-8", [fault], total=1)
-
-
-def check_header(header: list[str]) -> None:
-    """A CSV header names known columns, each once, and the required ones."""
-    columns = {field.name: field for field in USER.fields if field.csv}
-    faults = [f"{name} is no column" for name in header if name not in columns]
-    faults += [f"{name} stands twice" for name in columns if header.count(name) > 1]
-    for name, field in columns.items():
-        if field.required and name not in header:
-            faults.append(f"{name} is missing")
-    if faults:
-        raise bad_header_line(faults)
-
-
-def bad_header_line(faults: list[str]) -> Problem:
-    errors = [Place("#", 1).fault(None, fault) for fault in faults]
-    return Problem(422, "the CSV header is not valid", errors, total=len(errors))
 
 
 def csv_item(header: list[str], cells: list[str]) -> Any:
