@@ -2872,6 +2872,12 @@ class Call:
             raise bad_query([{"parameter": "fields", "detail": detail}])
         return tuple(name for name in self.members if name in names)
 
+    def refuse_many(self, items: int) -> None:
+        """Raise Problem 413 where these are more items than a request may hold."""
+        most = self.app.settings.max_items
+        if items > most:
+            raise Problem(413, f"{most} items are the most that a request may hold")
+
     def precondition(self) -> Callable[[int], None] | None:
         """What looks at the version of the user before it is written, if it is one.
 
@@ -3011,21 +3017,16 @@ def read_items(call: Call) -> tuple[list[Entry], bool]:
         raise bad_envelope(f"is not {' or '.join(ENVELOPES[name] for name in wanted)}")
     if found == ["item"]:
         return [(Place("#/item"), sent["item"])], True
-    items, most = sent["items"], call.app.settings.max_items
+    items = sent["items"]
     if not isinstance(items, list) or not items:
         raise bad_envelope("items is no list of at least one item")
-    if len(items) > most:
-        raise too_many(most)
+    call.refuse_many(len(items))
     return [(Place(f"#/items/{n}"), item) for n, item in enumerate(items)], False
 
 
 def bad_envelope(detail: str) -> Problem:
     fault = Place("#").fault(None, detail)
     return Problem(422, "the envelope is not valid", [fault])
-
-
-def too_many(most: int) -> Problem:
-    return Problem(413, f"{most} items are the most that a request may hold")
 
 
 def ndjson_entries(file: Iterable[bytes]) -> Iterator[Entry]:
@@ -3129,33 +3130,27 @@ def guard(cell: Any) -> Any:
 READERS = {CSV: read_csv, NDJSON: read_ndjson}
 
 
-KEPT = ("created", "updated")
-
-
 def import_users(
     store: Store,
     file: Any,
     media: str,
+    watch: Callable[[int], None],
     *,
+    conflict: str,
     view: str = "v2",
-    conflict: str = "fail",
-    most: int | None = None,
-    keeps: Sequence[str] = KEPT,
-    watch: Callable[[int], None] = lambda line: None,
+    keeps: Sequence[str] = ("created", "updated"),
 ) -> Item:
     """Read CSV or NDJSON into the store, all of it or nothing, in bounded memory.
 
-    `most` bounds the items (413); `keeps` names what is kept of new users; `watch` is
-    told how many have been read. Gives the numbers of users created, replaced and
-    skipped. Raises Problem 422 or 409 with the bad lines.
+    `watch` is told how many items have been read; `keeps` names what is kept of new
+    users. Gives the numbers of users created, replaced and skipped. Raises Problem 422
+    or 409 with the bad lines.
     """
 
     def watched() -> Iterator[Iterable[Entry]]:
         count = 0
         for batch in READERS[media](file):
             count += len(batch)
-            if most is not None and count > most:
-                raise too_many(most)
             watch(count)
             yield batch
 
@@ -3368,13 +3363,9 @@ def save_users(call: Call) -> Answer:
 
 def import_body(call: Call, conflict: str) -> Answer:
     """Import CSV or NDJSON; the users are counted, and not shown."""
+    file, watch = io.BytesIO(call.body), call.refuse_many
     counts = import_users(
-        call.store,
-        io.BytesIO(call.body),
-        call.takes,
-        view=call.view,
-        conflict=conflict,
-        most=call.app.settings.max_items,
+        call.store, file, call.takes, watch, conflict=conflict, view=call.view
     )
     told = (f', "{name}": {count}' for name, count in counts.items())
     return acknowledge(call, "".join(told))
@@ -6373,9 +6364,10 @@ def run_import(store: Store, given: Item) -> int:
                 store,
                 file,
                 media,
+                watch,
                 conflict=given["conflict"],
-                keeps=(*KEPT, "version"),  # who moves a database moves its ETags
-                watch=watch,
+                # who moves a database moves its ETags
+                keeps=("created", "updated", "version"),
             )
     print(", ".join(f"{count} {name}" for name, count in counts.items()))
     return 0
