@@ -2672,15 +2672,7 @@ PROMETHEUS = "text/plain; version=0.0.4"
 HTML_UTF8 = f"{HTML}; charset=utf-8"
 ALL = (JSON, CSV, NDJSON)
 FORMATS = {"json": JSON, "csv": CSV, "ndjson": NDJSON}
-DIGITS = re.compile("[0-9]{1,16}")
-BOM = b"\xef\xbb\xbf"
-BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
-FORMULA = re.compile(r"'*[=+\-@\t\r]")
-MAX_CHANGES = 100_000  # rows of the log in an answer without limit
-TURN = 20  # seconds that an event stream keeps a thread of another server
-HEARTBEAT = 15  # seconds of silence after which an event stream says that it lives
-
-
+CSV_MEMBERS = tuple(field.name for field in USER.fields if field.csv)
 Body = Union[bytes, Iterator[bytes]]  # an iterator is streamed
 
 
@@ -2693,6 +2685,9 @@ class Answer(NamedTuple):
     status: int = 200
 
 
+# Parameters
+
+DIGITS = re.compile("[0-9]{1,16}")
 TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -2701,7 +2696,7 @@ def read_value(value: str, schema: Item) -> Any:
     kind = schema["type"]
     if kind == "integer":
         least, most = schema["minimum"], schema["maximum"]
-        if not re.fullmatch("[0-9]{1,16}", value) or not least <= int(value) <= most:
+        if not DIGITS.fullmatch(value) or not least <= int(value) <= most:
             raise ValueError(f"is a whole number from {least} to {most}")
         return int(value)
     if kind == "boolean":
@@ -2781,6 +2776,13 @@ PARAMS = {param.name: param for param in (
 )}  # fmt: skip
 
 
+# Operations and calls
+
+SAFE = ("GET", "HEAD", "OPTIONS")
+HOW = {"POST": "create", "PUT": "replace", "PATCH": "merge"}
+METHODS = (*SAFE, *HOW, "DELETE")
+
+
 class Operation(NamedTuple):
     """An operation's description, by which it runs and out of which it is documented.
 
@@ -2821,9 +2823,6 @@ class Operation(NamedTuple):
         return 201 if self.method == "POST" else 200
 
 
-SAFE = ("GET", "HEAD", "OPTIONS")
-HOW = {"POST": "create", "PUT": "replace", "PATCH": "merge"}
-METHODS = (*SAFE, *HOW, "DELETE")
 #: what a call is about until its operation has been found
 NOTHING = Operation("none", "OPTIONS", "", lambda call: Answer(b""), "")
 
@@ -2839,7 +2838,6 @@ class Call:
     base: str
     view: str
     members: tuple[str, ...]
-    args: dict[str, int]
     path: str
 
     def __init__(self, app: UserAPI, environ: Environ) -> None:
@@ -3029,6 +3027,9 @@ def bad_envelope(detail: str) -> Problem:
     return Problem(422, "the envelope is not valid", [fault])
 
 
+BOM = b"\xef\xbb\xbf"
+
+
 def ndjson_entries(file: Iterable[bytes]) -> Iterator[Entry]:
     """The items of NDJSON with their lines; a line that is no JSON is a fault."""
     for number, line in enumerate(file, 1):
@@ -3117,6 +3118,9 @@ def csv_item(header: list[str], cells: list[str]) -> Any:
     return item
 
 
+FORMULA = re.compile(r"'*[=+\-@\t\r]")
+
+
 def unguard(cell: str) -> str:
     """A CSV cell without the prefix that keeps a spreadsheet from running it."""
     return cell[1:] if cell[:1] == "'" and FORMULA.match(cell) else cell
@@ -3164,8 +3168,6 @@ def import_users(
 
 # Writing answers
 
-CSV_MEMBERS = tuple(field.name for field in USER.fields if field.csv)
-
 
 def csv_lines(rows: Iterable[Sequence[Any]]) -> bytes:
     import csv
@@ -3176,12 +3178,13 @@ def csv_lines(rows: Iterable[Sequence[Any]]) -> bytes:
 
 
 def json_chunks(pages: Iterable[Page], _: Sequence[str], tail: str) -> Iterator[bytes]:
-    lead = '{"results": ['
+    yield b'{"results": ['
+    joint = ""
     for page in pages:
         if page.size:
-            yield (lead + page.content).encode()
-            lead = ", "
-    yield ((lead if lead != ", " else "") + f"]{tail}}}").encode()
+            yield f"{joint}{page.content}".encode()
+            joint = ", "
+    yield f"]{tail}}}".encode()
 
 
 def ndjson_chunks(pages: Iterable[Page], *_: Any) -> Iterator[bytes]:
@@ -3195,7 +3198,8 @@ def csv_chunks(
 ) -> Iterator[bytes]:
     yield csv_lines([members])
     for page in pages:
-        yield csv_lines(page.content)
+        if page.size:  # to a stream an empty chunk means: nothing yet
+            yield csv_lines(page.content)
 
 
 CHUNKS = {JSON: json_chunks, NDJSON: ndjson_chunks, CSV: csv_chunks}
@@ -3413,6 +3417,10 @@ def delete_rows(call: Call) -> Answer:
 
 # The log, the documents, operating
 
+MAX_CHANGES = 100_000  # rows of the log in an answer without limit
+TURN = 20  # seconds that an event stream keeps a thread of another server
+HEARTBEAT = 15  # seconds of silence after which an event stream says that it lives
+
 
 def list_changes(call: Call) -> Answer:
     since, limit = call.params.get("since"), call.params.get("limit")
@@ -3588,6 +3596,7 @@ LOCAL_HOST = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 PORT = re.compile(r"\.?(?::\d*)?$")
+BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
 POLICY = "default-src 'none'; frame-ancestors 'none'"
 COMMON = [
     ("X-Content-Type-Options", "nosniff"),
