@@ -2703,16 +2703,11 @@ def read_value(value: str, schema: Item) -> Any:
         if value not in TRUTHS:
             raise ValueError("is true or false")
         return TRUTHS[value]
+    if kind == "array":
+        return [read_value(part, schema["items"]) for part in value.split(",")]
     if value not in schema.get("enum", (value,)):
         raise ValueError(f"is one of {', '.join(schema['enum'])}")
     return value
-
-
-def read_ids(value: str) -> list[int]:
-    try:
-        return [read_value(part, ID) for part in value.split(",")]
-    except ValueError:
-        raise ValueError("is a list of ids, by commas") from None
 
 
 def read_cursor(value: str) -> tuple[str, Any, int]:
@@ -2736,7 +2731,7 @@ def write_cursor(sort: str, key: Any, id: int) -> str:
 
 class Param(NamedTuple):
     """A query parameter: its name, JSON Schema and purpose, and how its text is read
-    where the schema does not say."""
+    where the schema does not say it (of a list, what stands between commas)."""
 
     name: str
     schema: Item
@@ -2754,7 +2749,7 @@ def choice(*values: str, **more: str) -> Item:
 
 STRING, BOOL = {"type": "string"}, {"type": "boolean"}
 ID_LIST = {"type": "array", "items": ID, "minItems": 1}
-NAMES = {"type": "array", "minItems": 1}
+NAMES = {"type": "array", "items": STRING, "minItems": 1}
 LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000}
 SINCE = {"type": "integer", "minimum": 0, "maximum": MAX_ID}
 SORT_NAMES = [*SORTS, *(f"-{name}" for name in SORTS)]
@@ -2766,7 +2761,7 @@ PARAMS = {param.name: param for param in (
     Param("q", STRING, "Part of a name or mail, ignoring case."),
     Param("name", STRING, "Exactly this name."),
     Param("mail", STRING, "This mail address, ignoring case."),
-    Param("id", ID_LIST, "These ids, by commas.", read_ids),
+    Param("id", ID_LIST, "These ids, by commas."),
     Param("sort", choice(*SORT_NAMES), "The order; a leading - turns it round."),
     Param("fields", NAMES, "Only these members, by commas."),
     Param("format", choice(*FORMATS), "The format; beats Accept."),
@@ -2861,13 +2856,11 @@ class Call:
 
     def fields(self) -> tuple[str, ...]:
         """The members to show: those of `fields`, else the view's, or CSV's columns."""
-        wanted = self.params.get("fields")
-        if wanted is None:
+        names = self.params.get("fields")
+        if names is None:
             return CSV_MEMBERS if self.media == CSV else self.members
-        names = wanted.split(",")
         if not set(names) <= set(self.members):
-            detail = f"takes {', '.join(self.members)}"
-            raise bad_query([{"parameter": "fields", "detail": detail}])
+            raise bad_query(("fields", f"takes {', '.join(self.members)}"))
         return tuple(name for name in self.members if name in names)
 
     def refuse_many(self, items: int) -> None:
@@ -2917,13 +2910,12 @@ class Call:
 
 
 def has_tag(header: str, tag: str, weak: bool) -> bool:
-    """Whether If-Match or If-None-Match names the entity tag (RFC 9110 §8.8.3)."""
+    """Whether If-Match or If-None-Match names the entity tag (RFC 9110 §8.8.3); to
+    compare weakly is to leave the W/ out of account."""
     if header.strip() == "*":
         return True
-    tags = re.findall(r'(?:W/)?"[^"]*"', header)
-    if weak:
-        return tag.replace("W/", "") in [given.replace("W/", "") for given in tags]
-    return tag in tags
+    tags = re.findall(r'(?:W/)?("[^"]*")' if weak else r'(?:W/)?"[^"]*"', header)
+    return (tag.removeprefix("W/") if weak else tag) in tags
 
 
 def query_pairs(source: str) -> list[tuple[str, str]]:
@@ -2933,7 +2925,9 @@ def query_pairs(source: str) -> list[tuple[str, str]]:
     return parse_qsl(source, True, errors="surrogateescape")
 
 
-def bad_query(errors: list[Item]) -> Problem:
+def bad_query(*faults: tuple[str, str]) -> Problem:
+    """The problem that parameters (name, detail) are."""
+    errors = [{"parameter": name, "detail": detail} for name, detail in faults]
     return Problem(400, "the query is not valid", errors)
 
 
@@ -3239,7 +3233,7 @@ def wanted_ids(call: Call, name: str) -> list[int]:
     if name in call.args:
         return [call.args[name]]
     if "id" not in call.params:
-        raise bad_query([{"parameter": "id", "detail": "is required: id=1,2,3"}])
+        raise bad_query(("id", "is required: id=1,2,3"))
     ids: list[int] = call.params["id"]
     return ids
 
@@ -3260,8 +3254,7 @@ def make_query(call: Call) -> Query:
     params = call.params
     sort, after = params.get("sort", "id"), params.get("after")
     if after and after[0] != sort:
-        detail = "is a cursor of another sort"
-        raise bad_query([{"parameter": "after", "detail": detail}])
+        raise bad_query(("after", "is a cursor of another sort"))
     return Query(
         q=params.get("q"),
         name=params.get("name"),
@@ -4094,11 +4087,8 @@ def read_query(source: str, known: tuple[str, ...]) -> Item:
 
     Raises Problem 400 with all that is wrong.
     """
-    errors = [
-        {
-            "parameter": unquote(part.partition("=")[0]),
-            "detail": "is not percent-encoded",
-        }
+    faults = [
+        (unquote(part.partition("=")[0]), "is not percent-encoded")
         for part in source.split("&")
         if BAD_ESCAPE.search(part)
     ]
@@ -4113,10 +4103,9 @@ def read_query(source: str, known: tuple[str, ...]) -> Item:
                 raise ValueError("stands twice")
             values[name] = PARAMS[name].read(value)
         except ValueError as fault:
-            named = name.encode(errors="replace").decode()
-            errors.append({"parameter": named, "detail": str(fault)})
-    if errors:
-        raise bad_query(errors)
+            faults.append((name.encode(errors="replace").decode(), str(fault)))
+    if faults:
+        raise bad_query(*faults)
     return values
 
 
