@@ -1609,18 +1609,18 @@ class Store:
 
     # Reading users
 
-    def show_user(self, id: int, members: tuple[str, ...]) -> tuple[str, int] | None:
-        """A user as JSON text, and its version; None where there is none."""
+    def show_user(self, id: int, members: tuple[str, ...]) -> tuple[str, int]:
+        """A user as JSON text, and its version. Raises Problem 404."""
         found = self.rows(show_sql(members), (id,))
-        return found[0] if found else None
+        if not found:
+            raise no_user(id)
+        return found[0][0], found[0][1]
 
     def get_user(self, id: int, view: str = "v2") -> Item:
         """A user as a dict. Raises Problem 404."""
-        known = isinstance(id, int) and id <= MAX_ID
-        shown = self.show_user(id, VIEWS[view]) if known else None
-        if shown is None:
+        if not isinstance(id, int) or id > MAX_ID:
             raise no_user(id)
-        return dict(json.loads(shown[0]))
+        return dict(json.loads(self.show_user(id, VIEWS[view])[0]))
 
     def pages(self, select: str, query: Query, joint: str = "") -> Iterator[Page]:
         """The users that the query finds: one page with its limit, else page by page.
@@ -3330,10 +3330,8 @@ def tell_next(uri: str | None) -> tuple[str, Headers]:
 def get_user(call: Call) -> Answer:
     id, members = call.args["id"], call.fields()
     if call.media == JSON:
-        found = call.store.show_user(id, members)
-        if found is None:
-            raise no_user(id)
-        return call.tagged(f'{{"results": [{found[0]}]}}'.encode(), f'"{found[1]}"')
+        user, version = call.store.show_user(id, members)
+        return call.tagged(f'{{"results": [{user}]}}'.encode(), f'"{version}"')
     page = next(read_pages(call.store, call.media, members, Query(ids=[id])))
     if not page.size:
         raise no_user(id)
@@ -3351,10 +3349,10 @@ def save_users(call: Call) -> Answer:
     )
     saved = saving.save([items])
     ids = [*saved.created, *saved.replaced]
-    found = [call.store.show_user(id, call.members) or ("", 0) for id in ids]
-    texts = (text for text, _ in found)
-    if one and found:
-        return show_saved(call, texts, found[0][1], f"/user/{ids[0]}")
+    users = [call.store.show_user(id, call.members) for id in ids]
+    texts = (text for text, _ in users)
+    if one and users:
+        return show_saved(call, texts, users[0][1], f"/user/{ids[0]}")
     return show_saved(call, texts)
 
 
