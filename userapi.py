@@ -2717,7 +2717,7 @@ def read_cursor(value: str) -> tuple[str, Any, int]:
         cursor = json.loads(base64.b64decode(padded, b"-_", validate=True))
         sort, key, id = cursor
         whole = isinstance(id, int) and abs(id) < 2**63 and sort.lstrip("-") in SORTS
-        if not whole or type(key) is not (int if sort.endswith("id") else str):
+        if not whole or not (key == id if sort.endswith("id") else type(key) is str):
             raise ValueError
         to_json(key)
     except (ValueError, TypeError, AttributeError, RecursionError):
