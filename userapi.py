@@ -460,7 +460,8 @@ def text(name: str, title: str, example: str, **more: Any) -> Field:
 ID = {"type": "integer", "minimum": 1, "maximum": MAX_ID}
 STAMP = {"type": "string", "format": "date-time"}
 NOON = "2026-01-02T12:00:00.000Z"
-ROW_LIST = {"type": "array", "maxItems": 1000}
+MAX_ROWS = 1000  # of a kind below a user
+ROW_LIST = {"type": "array", "maxItems": MAX_ROWS}
 ROW_ID = Field("id", "Number", ID, 1, column="id")
 LABEL = text("label", "Label", "work", schema={"maxLength": 50})
 COUNTRY = {"pattern": "^([A-Z]{2})?$", "maxLength": 2}
@@ -625,7 +626,9 @@ class Checker(NamedTuple):
         elif id_rule == "required" and "id" not in item:
             self.faults.add(place.fault("id", "is required"))
         wanted, well = self.shape.one_of, self.faults.total == found
-        if wanted and well and not any(values.get(name) for name in wanted):
+        if self.partial or not wanted or not well:
+            return values
+        if not any(values.get(name, "").strip() for name in wanted):
             self.faults.add(place.fault(None, f"needs {' or '.join(wanted)}"))
         return values
 
@@ -2373,14 +2376,12 @@ def check_rows(
     """The rows to be written, given those that are there. Raises Problem."""
     rule: int | str = "optional" if how == "create" else "required"
     faults, seen, rows = Faults(), Seen(), []
-    checker = Checker(shape, shape.names, faults)
     for place, item in entries:
-        if how == "merge" and isinstance(item, dict):
-            old = find_row(there, item, number)
-            if old is None:
-                faults.add(place.fault("id", "does not exist"), 404)
-                continue
+        old = find_row(there, item, number) if how == "merge" else None
+        if old is not None:
             item = {n: v for n, v in {**old, **item}.items() if v is not None}
+        partial = how == "merge" and old is None
+        checker = Checker(shape, shape.names, faults, partial)
         row = checker.check(place, item, rule if number is None else number)
         found = row.get("id")
         if found and not seen.add(found):
@@ -2391,13 +2392,15 @@ def check_rows(
             faults.add(place.fault("id", "does not exist"), 404)
         rows.append(row)
     faults.raise_worst()
+    if how == "create" and len(there) + len(rows) > MAX_ROWS:
+        raise Problem(409, f"{MAX_ROWS} are the most that a user has")
     return rows
 
 
-def find_row(there: dict[int, Item], item: Item, number: int | None) -> Item | None:
-    """The row that an item is to be merged into: the URI's, or its id's."""
-    target = number or item.get("id")
-    return there.get(int(target)) if isinstance(target, (int, float)) else {}
+def find_row(there: dict[int, Item], item: Any, number: int | None) -> Item | None:
+    """The row that an item is to be merged into, if any: the URI's, or its id's."""
+    target = number or item.get("id") if isinstance(item, dict) else None
+    return there.get(int(target)) if isinstance(target, (int, float)) else None
 
 
 def no_user(id: int) -> Problem:
