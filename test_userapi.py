@@ -3508,6 +3508,9 @@ IMPORTS = [
     ndjson_in(SIMONE, GRACE, status=MADE, has=counts(1, 0, 1), query="?conflict=skip"),
     ndjson_in(SIMONE, status=MADE, has=counts(0, 1), query="?conflict=replace"),
     ndjson_in({"id": 5, **GRACE}, {"id": 5, **ADA}, status=422, has=among(2)),
+    *[ndjson_in(*[GRACE] * 1000, {"id": 1338, **ADA}, status=422,
+        has=(lines(1001), told("id stands twice")), query=f"?conflict={how}")
+        for how in ("fail", "skip", "replace")],
     Row("POST /api/user", 422, lines(1), body='{"name":"A","mail":"a@b","phone":[]}\n',
         headers=SENT_NDJSON),
     Row("POST /api/user", MADE, counts(1),

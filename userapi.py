@@ -2272,19 +2272,26 @@ class Saving:
     def save_batch(self, batch: Iterable[Entry]) -> None:
         check = self.checker.check
         items = [(place, check(place, item, self.rule)) for place, item in batch]
-        for place, item in items:
-            if "id" in item and not self.seen.add(item["id"]):
-                self.faults.add(place.fault("id", "stands twice"))
+        items = [entry for entry in items if self.stands_once(*entry)]
         if self.id is not None:  # of one user, what it holds is told first
             self.faults.raise_worst()
         new, changed = self.sort(items)
         if self.store.unique_mail:
             self.refuse_taken_mail(new, changed)
         if not self.faults.total:
+            counted = [item for _, item in new if "id" not in item]
             self.saved.created.extend(self.store._insert([item for _, item in new]))
+            self.seen.extend(item["id"] for item in counted)
             for _, row, item in changed:
                 self.store._update(row, item)
                 self.saved.replaced.append(row["id"])
+
+    def stands_once(self, place: Place, item: Item) -> bool:
+        """Whether an item's id is no earlier one's, sent or counted; else a fault."""
+        once = "id" not in item or self.seen.add(item["id"])
+        if not once:
+            self.faults.add(place.fault("id", "stands twice"))
+        return once
 
     def sort(
         self, items: list[Entry]
