@@ -721,10 +721,15 @@ def read_columns(line: int, header: list[str], rows: list[Any]) -> Columns | Non
     return Columns(line, ids, columns["name"], columns["mail"])
 
 
+@functools.lru_cache(maxsize=1)
+def utc_second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
 def utc_now() -> str:
     """Now, as it is stored and shown: RFC 3339, UTC, milliseconds."""
-    now = datetime.datetime.now(datetime.timezone.utc)
-    return now.isoformat(timespec="milliseconds")[:-6] + "Z"
+    second, millisecond = divmod(time.time_ns() // 1_000_000, 1000)
+    return f"{utc_second(second)}.{millisecond:03}Z"
 
 
 def fold(value: str) -> str:
