@@ -1123,6 +1123,20 @@ def refuse_shared_mail(db: sqlite3.Connection) -> None:
         raise Problem(409, f"unique_mail: these users share a mail address: {ids}")
 
 
+@contextlib.contextmanager
+def whole_file(path: str) -> Iterator[str]:
+    """The name of a file to write, which becomes `path` when it is whole, or never."""
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+
+
 class Store:
     """Users in a SQLite file. Methods raise Problem and may be called from any thread.
 
@@ -2140,11 +2154,14 @@ class Store:
         for beside in ("-wal", "-journal"):
             if os.path.exists(path + beside):
                 raise Problem(409, f"{path}: a {beside} file stands beside it")
-        part = f"{path}.{os.getpid()}.part"
         source = self._take()
         try:
-            target = sqlite3.connect(part, isolation_level=None)
-            with contextlib.closing(target):
+            with (
+                whole_file(path) as part,
+                contextlib.closing(
+                    sqlite3.connect(part, isolation_level=None)
+                ) as target,
+            ):
                 if self.wal:  # one snapshot: else each write would begin it anew
                     source.execute("BEGIN")
                     source.execute("SELECT 1 FROM users LIMIT 1").fetchall()
@@ -2155,9 +2172,6 @@ class Store:
                     sleep=0.01,
                 )
                 target.execute("PRAGMA journal_mode = DELETE")
-            with open(part, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(part, path)
         except DATABASE_FAULTS as fault:
             detail = database_problem(fault).detail
             raise Problem(507, f"{path}: the copy failed: {detail}") from fault
@@ -2167,8 +2181,6 @@ class Store:
             if source.in_transaction:
                 source.execute("ROLLBACK")
             self._give(source)
-            with contextlib.suppress(OSError):
-                os.remove(part)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the database and its write-ahead log."""
@@ -6202,17 +6214,252 @@ def server_url(settings: Settings, sock: socket.socket) -> str:
 
 # ── Command line ──────────────────────────────────────────────────────────────────
 
-COMMANDS = {
-    "serve": "serve users over HTTP (what is done without a command)",
-    "import": "read users from CSV or NDJSON",
-    "export": "write users as CSV, NDJSON or JSON",
-    "backup": "make a consistent copy while the server runs",
-    "check": "check the integrity of the database",
-    "token": "add, list and revoke named tokens",
-    "openapi": "print the OpenAPI document",
-    "postman": "print the Postman collection",
-}
+
+def run_serve(given: Item) -> None:
+    settings = Settings(given)
+    if not settings.token and is_missing(settings.db):
+        refuse_exposed(settings)  # before a database is made
+    serve(UserAPI(**given))
+    with contextlib.suppress(OSError):  # who reads the log may have gone
+        flush_output()
+
+
+def open_given(given: Item, makes: bool = False) -> contextlib.closing[Store]:
+    """The store that a command works on. Raises Problem 404 where there is none, unless
+    the command makes it."""
+    settings = Settings({name: given[name] for name in STORE_SETTINGS})
+    if is_missing(settings.db):
+        if not makes:
+            raise Problem(404, f"{settings.db}: there is no such database")
+        if given.get("dry_run"):
+            settings.update({"db": ":memory:"})
+    return contextlib.closing(open_store(settings))
+
+
+class Progress:
+    """A line on a terminal that says how far a long command is; else nothing."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit, self.active = unit, sys.stderr.isatty()
+        self.began = self.shown = time.monotonic()
+
+    def show(self, count: int, share: float) -> None:
+        """Tell that `count` units are done, which is this share of all."""
+        now, share = time.monotonic(), min(share, 1.0)
+        if not self.active or now - self.shown < 0.1:
+            return
+        self.shown, took = now, now - self.began
+        left = took * (1 - share) / share if share else 0.0
+        told = f"{count} {self.unit}, {count / took:.0f}/s, {left:.0f} s left"
+        print(f"\r[{'#' * int(share * 30):30}] {told} ", end="", file=sys.stderr)
+        sys.stderr.flush()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.active:
+            sys.stderr.write("\r\x1b[K")
+
+
+def open_file(path: str, mode: str) -> Any:
+    """A file; for - standard input or output."""
+    standard = 0 if mode == "rb" else 1
+    return open(standard if path == "-" else path, mode, closefd=path != "-")
+
+
+def run_import(given: Item) -> None:
+    """Read users out of a file, all of them or none, with the positions of faults."""
+    path = given["file"]
+    with open_file(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        media = FORMATS[given["format"] or guess_format(file, path)]
+        with open_given(given, makes=True) as store, Progress("rows") as progress:
+
+            def watch(count: int) -> None:
+                progress.show(count, file.tell() / size if size else 0.0)
+
+            store.do_without_log()
+            with store.transaction(keep=not given["dry_run"]):
+                counts = import_users(
+                    store,
+                    file,
+                    media,
+                    watch,
+                    conflict=given["conflict"],
+                    # who moves a database moves its ETags
+                    keeps=("created", "updated", "version"),
+                )
+    print(", ".join(f"{count} {name}" for name, count in counts.items()))
+
+
+def guess_format(file: Any, path: str) -> str:
+    """What an import's file holds, by the end of its name, else by how it begins."""
+    end = path.rpartition(".")[2].lower()
+    if end in ("csv", "ndjson"):
+        return end
+    begins = file.peek(1024).removeprefix(BOM).lstrip()
+    return "ndjson" if begins.startswith(b"{") else "csv"
+
+
+def run_export(given: Item) -> None:
+    """Write all users."""
+    path = given["file"]
+    end = given["format"] or path.rpartition(".")[2].lower()
+    if end not in FORMATS and path != "-":
+        raise SettingError(
+            f"say with --format which of {', '.join(FORMATS)} it is to be"
+        )
+    media = FORMATS.get(end, NDJSON)
+    members = CSV_MEMBERS if media == CSV else VIEWS["v2"]
+    with open_given(given) as store, Progress("rows") as progress:
+        total = store.count_users()
+
+        def watched(pages: Iterable[Page]) -> Iterator[Page]:
+            done = 0
+            for page in pages:
+                done += page.size
+                progress.show(done, done / max(total, 1))
+                yield page
+
+        pages = watched(read_pages(store, media, members, Query()))
+        write_file(path, CHUNKS[media](pages, members, ""))
+
+
+def write_file(path: str, chunks: Iterable[bytes]) -> None:
+    """Write to standard output (-), a pipe or a device; or a file, whole or not."""
+    special = path == "-" or os.path.exists(path) and not os.path.isfile(path)
+    target = contextlib.nullcontext(path) if special else whole_file(path)
+    with target as part, open_file(part, "wb") as file:
+        file.writelines(chunks)
+
+
+def run_backup(given: Item) -> None:
+    with open_given(given) as store, Progress("pages") as progress:
+        store.backup(
+            given["file"], lambda done, total: progress.show(done, done / total)
+        )
+
+
+def run_check(given: Item) -> int:
+    with open_given(given) as store:
+        faults = store.check()
+        for fault in faults:
+            print(f"userapi: {fault}", file=sys.stderr)
+        if not faults:
+            print(f"whole: {store.count_users()} users")
+    return 1 if faults else 0
+
+
+def run_token(given: Item) -> None:
+    """Add, list or revoke named tokens; a token is shown this once."""
+    action, name = given["action"], given["name"]
+    if action != "list" and not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name):
+        raise SettingError("a token's name is 1 to 64 of A-Z a-z 0-9 . _ @ -")
+    if action == "add" and name == "admin":
+        raise SettingError("admin is what the setting's own token is called")
+    with open_given(given, makes=action == "add") as store:
+        if action == "add":
+            print(store.add_token(name, "read-only" if given["read_only"] else "admin"))
+        elif action == "revoke":
+            store.revoke_token(name)
+        else:
+            for row in store.tokens():
+                print("\t".join(part or "never" for part in row))
+
+
+def print_document(document: Item) -> None:
+    print(json.dumps(document, indent=2))  # ASCII, as not every terminal has more
+
+
+FLAGS = tuple(setting.name for setting in SETTINGS if setting.name != "token")
 STORE_SETTINGS = ("db", "unique_mail", "keep_changes")
+
+
+class Command(NamedTuple):
+    """A command: what it does, the arguments of its own, and the settings it takes."""
+
+    help: str
+    run: Callable[[Item], int | None]
+    arguments: dict[str, Item] = {}
+    settings: tuple[str, ...] = STORE_SETTINGS
+
+
+COMMANDS = {
+    "serve": Command("serve users over HTTP (what is done without a command)",
+        run_serve, settings=FLAGS),
+    "import": Command("read users from CSV or NDJSON", run_import, {
+        "file": {"help": "a file, or - for standard input"},
+        "--format": {"choices": ("csv", "ndjson")},
+        "--conflict": {"choices": CONFLICT["enum"], "default": "fail"},
+        "--dry-run": {"action": "store_true"},
+    }),
+    "export": Command("write users as CSV, NDJSON or JSON", run_export, {
+        "file": {"nargs": "?", "default": "-"},
+        "--format": {"choices": tuple(FORMATS)},
+    }),
+    "backup": Command("make a consistent copy while the server runs", run_backup,
+        {"file": {}}),
+    "check": Command("check the integrity of the database", run_check),
+    "token": Command("add, list and revoke named tokens", run_token, {
+        "action": {"choices": ("add", "list", "revoke")},
+        "name": {"nargs": "?", "default": ""},
+        "--read-only": {"action": "store_true"},
+    }),
+    "openapi": Command("print the OpenAPI document",
+        lambda given: print_document(openapi())),
+    "postman": Command("print the Postman collection",
+        lambda given: print_document(postman())),
+}  # fmt: skip
+
+
+def build_parser() -> Any:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        "userapi", description="Users over REST, out of one file.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        made = commands.add_parser(
+            name, help=command.help, description=command.help, allow_abbrev=False
+        )
+        add_settings(made, command.settings)
+        for argument, options in command.arguments.items():
+            made.add_argument(argument, **options)
+    return parser
+
+
+def add_settings(parser: Any, names: tuple[str, ...]) -> None:
+    for name, default, told, *_ in SETTINGS:
+        if name not in names:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(default, bool):
+            parser.add_argument(flag, action="store_true", default=None, help=told)
+        else:
+            value = ",".join(default) if isinstance(default, tuple) else default
+            meaning = f"{told} ({value})" if value != "" else told
+            parser.add_argument(flag, metavar=name.upper(), help=meaning)
+
+
+def run_arguments(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        arguments.insert(0, "serve")
+    if any(word.partition("=")[0] == "--token" for word in arguments):
+        raise SettingError("a token is no flag: set USERAPI_TOKEN or --token-file")
+    given = vars(build_parser().parse_args(arguments))
+    return COMMANDS[given.pop("command")].run(given) or 0
+
+
+def flush_output() -> None:
+    """Write what is still to be written; else it would fail unseen at the end."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -6226,284 +6473,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             flush_output()
     except BrokenPipeError:  # who reads our output has gone
         return 1
-    except (
-        SettingError,
-        Problem,
-        OSError,
-        KeyboardInterrupt,
-        *DATABASE_FAULTS,
-    ) as fault:
-        print(f"userapi: {explain(fault)}", file=sys.stderr)
-        return 2 if isinstance(fault, SettingError) else 1
+    except SettingError as fault:
+        return fail(str(fault), 2)
+    except Problem as problem:
+        return fail("\n".join([problem.detail, *map(tell_fault, problem.errors)]))
+    except KeyboardInterrupt:
+        return fail("interrupted")
+    except OSError as fault:
+        return fail(f"{fault.filename or 'failed'}: {reason(fault)}")
+    except DATABASE_FAULTS as fault:
+        return fail(database_problem(fault).detail)
 
 
-def flush_output() -> None:
-    """Write what is still to be written; else it would fail unseen at the end."""
-    try:
-        print(end="", flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
+def fail(why: str, status: int = 1) -> int:
+    print(f"userapi: {why}", file=sys.stderr)
+    return status
 
 
-def run_arguments(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help", "--version"):
-        arguments.insert(0, "serve")
-    if any(word.partition("=")[0] == "--token" for word in arguments):
-        raise SettingError("a token is no flag: set USERAPI_TOKEN or --token-file")
-    given = vars(build_parser().parse_args(arguments))
-    return run_command(given.pop("command"), given)
-
-
-def explain(fault: BaseException) -> str:
-    """Why a command failed, on one line, with a line more for each fault of an item."""
-    if isinstance(fault, Problem):
-        lines = [fault.detail]
-        for error in fault.errors:
-            place = f"line {error['line']}: " if "line" in error else ""
-            lines.append(f"  {place}{error.get('pointer', '')} {error['detail']}")
-        return "\n".join(lines)
-    if isinstance(fault, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(fault, OSError):
-        return f"{fault.filename or 'failed'}: {reason(fault)}"
-    if isinstance(fault, DATABASE_FAULTS):
-        return database_problem(fault).detail
-    return str(fault)
-
-
-def build_parser() -> Any:
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        "userapi", description="Users over REST, out of one file.", allow_abbrev=False
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    made = {}
-    for name, told in COMMANDS.items():
-        made[name] = commands.add_parser(
-            name, help=told, description=told, allow_abbrev=False
-        )
-        add_settings(made[name], None if name == "serve" else STORE_SETTINGS)
-    made["import"].add_argument("file", help="a file, or - for standard input")
-    made["import"].add_argument("--format", choices=("csv", "ndjson"))
-    conflicts = CONFLICT["enum"]
-    made["import"].add_argument("--conflict", choices=conflicts, default="fail")
-    made["import"].add_argument("--dry-run", action="store_true")
-    made["export"].add_argument("file", nargs="?", default="-")
-    made["export"].add_argument("--format", choices=tuple(FORMATS))
-    made["backup"].add_argument("file")
-    made["token"].add_argument("action", choices=("add", "list", "revoke"))
-    made["token"].add_argument("name", nargs="?", default="")
-    made["token"].add_argument("--read-only", action="store_true")
-    return parser
-
-
-def add_settings(parser: Any, names: Sequence[str] | None) -> None:
-    for name, default, told, *_ in SETTINGS:
-        if name == "token" or names is not None and name not in names:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(default, bool):
-            parser.add_argument(flag, action="store_true", default=None, help=told)
-        else:
-            value = ",".join(default) if isinstance(default, tuple) else default
-            meaning = f"{told} ({value})" if value != "" else told
-            parser.add_argument(flag, metavar=name.upper(), help=meaning)
-
-
-def run_serve(given: Item) -> int:
-    settings = Settings(given)
-    if not settings.token and is_missing(settings.db):
-        refuse_exposed(settings)  # before a database is made
-    serve(UserAPI(**given))
-    with contextlib.suppress(OSError):  # who reads the log may have gone
-        flush_output()
-    return 0
-
-
-class Progress:
-    """A line on a terminal that says how far a long command is; else nothing."""
-
-    def __init__(self, unit: str, total: int) -> None:
-        self.unit, self.total = unit, total
-        self.began = self.shown = time.monotonic()
-        self.count = 0  # units done; the total may be of something else, as bytes
-        self.active = sys.stderr.isatty()
-
-    def show(self, count: int, done: int | None = None) -> None:
-        """Tell that `count` units are done, which is `done` of the total."""
-        self.count, done = count, count if done is None else done
-        now = time.monotonic()
-        if not self.active or now - self.shown < 0.1:
-            return
-        self.shown = now
-        share = min(done / self.total, 1.0) if self.total else 0.0
-        left = (now - self.began) * (1 - share) / share if share else 0.0
-        rate = self.count / (now - self.began)
-        bar = "#" * int(share * 30)
-        sys.stderr.write(
-            f"\r[{bar:30}] {self.count} {self.unit}, {rate:.0f}/s, {left:.0f} s left "
-        )
-        sys.stderr.flush()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.active:
-            sys.stderr.write("\r\x1b[K")
-
-
-def run_import(store: Store, given: Item) -> int:
-    """Read users out of a file, all of them or none, with the positions of faults."""
-    with contextlib.ExitStack() as stack:
-        file: Any = sys.stdin.buffer
-        if given["file"] != "-":
-            file = stack.enter_context(open(given["file"], "rb"))
-        media = FORMATS[given["format"] or guess_format(file, given["file"])]
-        size = os.fstat(file.fileno()).st_size
-        progress = stack.enter_context(Progress("rows", size))
-
-        def watch(count: int) -> None:
-            progress.show(count, file.tell() if size else 0)
-
-        store.do_without_log()
-        with store.transaction(keep=not given["dry_run"]):
-            counts = import_users(
-                store,
-                file,
-                media,
-                watch,
-                conflict=given["conflict"],
-                # who moves a database moves its ETags
-                keeps=("created", "updated", "version"),
-            )
-    print(", ".join(f"{count} {name}" for name, count in counts.items()))
-    return 0
-
-
-def guess_format(file: Any, path: str) -> str:
-    """What an import's file holds, by the end of its name, else by how it begins."""
-    end = path.rpartition(".")[2].lower()
-    begins = file.peek(1024).removeprefix(BOM).lstrip()[:1]
-    return end if end in ("csv", "ndjson") else "ndjson" if begins == b"{" else "csv"
-
-
-def run_export(store: Store, given: Item) -> int:
-    """Write all users."""
-    path = given["file"]
-    end = given["format"] or path.rpartition(".")[2].lower()
-    if end not in FORMATS and path != "-":
-        raise SettingError(
-            f"say with --format which of {', '.join(FORMATS)} it is to be"
-        )
-    media = FORMATS.get(end, NDJSON)
-    members = CSV_MEMBERS if media == CSV else VIEWS["v2"]
-    with Progress("rows", store.count_users()) as progress:
-
-        def watched(pages: Iterable[Page]) -> Iterator[Page]:
-            for page in pages:
-                progress.show(progress.count + page.size)
-                yield page
-
-        pages = watched(read_pages(store, media, members, Query()))
-        write_file(path, CHUNKS[media](pages, members, ""))
-    return 0
-
-
-def write_file(path: str, chunks: Iterable[bytes]) -> None:
-    """Write to standard output (-), a pipe or a device; or a file, whole or not."""
-    if path == "-":
-        sys.stdout.buffer.writelines(chunks)
-        sys.stdout.buffer.flush()
-    elif os.path.exists(path) and not os.path.isfile(path):
-        with open(path, "wb") as file:
-            file.writelines(chunks)
-    else:
-        part = f"{path}.{os.getpid()}.part"
-        try:
-            with open(part, "wb") as file:
-                file.writelines(chunks)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(part)
-
-
-def run_backup(store: Store, given: Item) -> int:
-    with Progress("pages", 1) as progress:
-
-        def show(done: int, total: int) -> None:
-            progress.total = total
-            progress.show(done)
-
-        store.backup(given["file"], show)
-    return 0
-
-
-def run_check(store: Store, given: Item) -> int:
-    faults = store.check()
-    for fault in faults:
-        print(f"userapi: {fault}", file=sys.stderr)
-    if not faults:
-        print(f"whole: {store.count_users()} users")
-    return 1 if faults else 0
-
-
-def run_token(store: Store, given: Item) -> int:
-    """Add, list or revoke named tokens; a token is shown this once."""
-    action, name = given["action"], given["name"]
-    if action == "list":
-        for row in store.tokens():
-            print("\t".join(part or "never" for part in row))
-        return 0
-    if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name):
-        raise SettingError("a token's name is 1 to 64 of A-Z a-z 0-9 . _ @ -")
-    if action == "add" and name == "admin":
-        raise SettingError("admin is what the setting's own token is called")
-    if action == "add":
-        print(store.add_token(name, "read-only" if given["read_only"] else "admin"))
-    else:
-        store.revoke_token(name)
-    return 0
-
-
-def run_document(document: Item) -> int:
-    print(json.dumps(document, indent=2))  # ASCII, as not every terminal has more
-    return 0
-
-
-RUN: dict[str, Callable[[Item], int]] = {
-    "serve": run_serve,
-    "openapi": lambda given: run_document(openapi()),
-    "postman": lambda given: run_document(postman()),
-}
-RUN_ON_STORE: dict[str, Callable[[Store, Item], int]] = {
-    "import": run_import,
-    "export": run_export,
-    "backup": run_backup,
-    "check": run_check,
-    "token": run_token,
-}
-
-
-def run_command(command: str, given: Item) -> int:
-    if command in RUN:
-        return RUN[command](given)
-    settings = Settings({name: given[name] for name in STORE_SETTINGS})
-    if command == "import" and given["file"] != "-":
-        os.stat(given["file"])  # before a database is made
-    if given.get("dry_run") and is_missing(settings.db):
-        settings.update({"db": ":memory:"})
-    makes = command == "import" or given.get("action") == "add"
-    if not makes and is_missing(settings.db):
-        raise Problem(404, f"{settings.db}: there is no such database")
-    with contextlib.closing(open_store(settings)) as store:
-        return RUN_ON_STORE[command](store, given)
+def tell_fault(error: Item) -> str:
+    """A line about one of a problem's errors."""
+    place = f"line {error['line']}: " if "line" in error else ""
+    return f"  {place}{error.get('pointer', '')} {error['detail']}"
 
 
 if __name__ == "__main__":
