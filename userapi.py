@@ -5805,6 +5805,7 @@ class Server:
         self.committing = self.stopping = self.waking = self.logging = False
         self.bodies = 0
         self.lines: list[str] = []
+        self.told: set[str] = set()
         app.metrics.connections = lambda: len(self.connections)
         self.base: Environ = {
             "SCRIPT_NAME": "",
@@ -5967,6 +5968,7 @@ class Server:
         now = time.monotonic()
         self.clock = time.strftime("%d/%b/%Y:%H:%M:%S %z")
         self.date = f"Date: {formatdate(usegmt=True)}\r\nServer: userapi\r\n"
+        self.told.clear()
         for connection in list(self.connections):
             connection.sweep(now)
         if self.store.waiting:
@@ -6017,6 +6019,7 @@ class Server:
     ) -> None:
         """Serve until SIGTERM or SIGINT; then finish what was begun."""
         self.loop = asyncio.get_running_loop()
+        self.loop.set_exception_handler(self.tell)
         self.stopped = asyncio.Event()
         if self.group:
             self.store.open_group()
@@ -6045,6 +6048,12 @@ class Server:
             os._exit(0)  # nobody takes the log or asks us: a thread would never end
         if self.group:
             self.store.close_group()
+
+    def tell(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Asyncio's own troubles, of a thousand alike one a second."""
+        if context["message"] not in self.told:
+            self.told.add(context["message"])
+            loop.default_exception_handler(context)
 
     async def listen(self, sockets: list[socket.socket]) -> list[asyncio.Server]:
         tls = make_tls(self.settings) if self.settings.cert else None
@@ -6134,6 +6143,15 @@ def notify(state: str) -> None:
             sock.send(state.encode())
 
 
+def allow_files() -> None:
+    """Let as many files be open as this process may have: a connection is one."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def is_socket(path: str) -> bool:
     try:
         return stat.S_ISSOCK(os.stat(path).st_mode)
@@ -6219,6 +6237,7 @@ def run_serve(given: Item) -> None:
     settings = Settings(given)
     if not settings.token and is_missing(settings.db):
         refuse_exposed(settings)  # before a database is made
+    allow_files()
     serve(UserAPI(**given))
     with contextlib.suppress(OSError):  # who reads the log may have gone
         flush_output()

@@ -1922,6 +1922,26 @@ def test_an_answer_is_never_longer_or_shorter_than_it_says(workbench, path):
 # ---------------------------------------------------------------------------------
 
 
+@linux
+@pytest.mark.parametrize("limit,few", [("-Sn 64", False), ("-n 64", True)])
+def test_more_connections_than_files_may_be_open(tmp_path, limit, few):
+    """The soft limit is raised; at the hard one others wait, which is told briefly."""
+    shell = ("sh", "-c", f'ulimit {limit}; exec "$@"', "sh")
+    with Server(tmp_path, prefix=shell) as server:
+        server.faulty = few
+        with Client(server) as first, contextlib.ExitStack() as stack:
+            assert first.ask(request("POST", "/api/user", ada())).status == 201
+            clients = [stack.enter_context(Client(server)) for _ in range(150)]
+            if few:
+                wait_for(lambda: "Too many open files" in server.said(), "the trouble")
+            else:
+                assert clients[-1].ask(request("GET", "/api/user")).status == 200
+            assert first.ask(request("POST", "/api/user", ada())).status == 201
+        with Client(server) as late:
+            assert late.ask(request("GET", "/api/user")).status == 200
+        assert server.said().count("Too many open files") < 10
+
+
 def test_past_the_connection_limit_it_is_busy(tmp_path):
     with Server(tmp_path, "--max-connections", "4") as server:
         clients = [Client(server) for _ in range(4)]
