@@ -195,12 +195,12 @@ def convert(name: str, default: Any, value: Any) -> Any:
     if isinstance(default, bool):
         truth = TRUTH.get(str(value).lower())
         if truth is None:
-            raise SettingError(f"{name} is one of {', '.join(TRUTH)}")
+            raise SettingError(f"{name} is not one of {', '.join(TRUTH)}")
         return truth
     if isinstance(default, int):
         low, high = (0, 65535) if name == "port" else (1, 2**40)
         if not re.fullmatch("[0-9]{1,13}", str(value)) or not low <= int(value) <= high:
-            raise SettingError(f"{name} is a whole number from {low} to {high}")
+            raise SettingError(f"{name} is not a whole number from {low} to {high}")
         return int(value)
     if isinstance(default, tuple):
         parts = value.split(",") if isinstance(value, str) else value
@@ -2724,16 +2724,16 @@ def read_value(value: str, schema: Item) -> Any:
     if kind == "integer":
         least, most = schema["minimum"], schema["maximum"]
         if not DIGITS.fullmatch(value) or not least <= int(value) <= most:
-            raise ValueError(f"is a whole number from {least} to {most}")
+            raise ValueError(f"is not a whole number from {least} to {most}")
         return int(value)
     if kind == "boolean":
         if value not in TRUTHS:
-            raise ValueError("is true or false")
+            raise ValueError("is not true or false")
         return TRUTHS[value]
     if kind == "array":
         return [read_value(part, schema["items"]) for part in value.split(",")]
     if value not in schema.get("enum", (value,)):
-        raise ValueError(f"is one of {', '.join(schema['enum'])}")
+        raise ValueError(f"is not one of {', '.join(schema['enum'])}")
     return value
 
 
@@ -2955,7 +2955,8 @@ def query_pairs(source: str) -> list[tuple[str, str]]:
 def bad_query(*faults: tuple[str, str]) -> Problem:
     """The problem that parameters (name, detail) are."""
     errors = [{"parameter": name, "detail": detail} for name, detail in faults]
-    return Problem(400, "the query is not valid", errors)
+    one, many = " ".join(faults[0]), f"{len(faults)} parameters are not valid"
+    return Problem(400, many if faults[1:] else one, errors)
 
 
 def bad_header(name: str, detail: str) -> Problem:
