@@ -2868,7 +2868,7 @@ class Call:
         self.actor: str | None = None
         self.role = "admin"
         self.params: Item = {}
-        self.prefix = ""
+        self.prefix: str = ""
         self.media = self.takes = JSON
         self.operation = NOTHING
         self.args: dict[str, int] = {}
@@ -2973,25 +2973,20 @@ def unique_members(pairs: list[tuple[str, Any]]) -> Item:
     return members
 
 
-def read_literal(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def read(literal: str) -> Any:
-        value = kind(literal) if sum(map(str.isdigit, literal)) <= 30 else None
-        if value in (None, float("inf"), float("-inf")):
-            raise ValueError("a number is too large or has too many digits")
-        return value
-
-    return read
+def read_number(kind: Callable[[str], float], literal: str) -> float:
+    """A number; the json module would also take NaN, Infinity, and endless digits."""
+    value = kind(literal) if sum(map(str.isdigit, literal)) <= 30 else math.inf
+    if not math.isfinite(value):
+        raise ValueError("a number is too large, has too many digits, or is none")
+    return value
 
 
-def refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
+read_float = functools.partial(read_number, float)
 DECODER = json.JSONDecoder(
     object_pairs_hook=unique_members,
-    parse_int=read_literal(int),
-    parse_float=read_literal(float),
-    parse_constant=refuse_constant,
+    parse_int=functools.partial(read_number, int),
+    parse_float=read_float,
+    parse_constant=read_float,
 )
 BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)
 
@@ -3321,8 +3316,8 @@ def show_page(
     if kept and kept[0] == seq:
         return kept[1]
     page = next(read_pages(call.store, call.media, members, query))
-    uri = next_uri(call, query, page) if page.size == query.limit else None
-    following, headers = tell_next(uri)
+    cursor = next_cursor(call.store, query, page)
+    following, headers = tell_next(call, "/user", "after", cursor)
     tail = show_total(call, query) + following
     body = b"".join(CHUNKS[call.media]([page], members, tail))
     if len(body) < 16384:
@@ -3338,21 +3333,23 @@ def drop_eldest(kept: dict[Any, Any]) -> None:
         kept.pop(key, None)
 
 
-def next_uri(call: Call, query: Query, page: Page) -> str | None:
-    """Where the users after this page are; None where there are none."""
-    beyond = query._replace(after=page.last, limit=1)
-    if not page.last or not next(call.store.pages("1", beyond)).size:
+def next_cursor(store: Store, query: Query, page: Page) -> str | None:
+    """The place after the users of this page; None where there are no more."""
+    if page.last is None or page.size != query.limit:
         return None
+    beyond = next(store.pages("1", query._replace(after=page.last, limit=1)))
+    return write_cursor(query.sort, *page.last) if beyond.size else None
+
+
+def tell_next(call: Call, path: str, name: str, place: Any) -> tuple[str, Headers]:
+    """The member `next` and the header Link of a limited answer: the same query, but
+    for the parameter that says from where on; there is no more if its place is None."""
+    if place is None:
+        return ', "next": null', []
     pairs = query_pairs(call.environ["QUERY_STRING"])
-    kept = [pair for pair in pairs if pair[0] != "after"]
-    kept.append(("after", write_cursor(query.sort, *page.last)))
-    return f"{call.uri('/user')}?{urlencode(kept, safe=',')}"
-
-
-def tell_next(uri: str | None) -> tuple[str, Headers]:
-    """The member `next` and the header Link of a limited answer."""
-    headers = [("Link", f'<{uri}>; rel="next"')] if uri else []
-    return f', "next": {json.dumps(uri)}', headers
+    query = [*(pair for pair in pairs if pair[0] != name), (name, place)]
+    uri = f"{call.uri(path)}?{urlencode(query, safe=',')}"
+    return f', "next": {json.dumps(uri)}', [("Link", f'<{uri}>; rel="next"')]
 
 
 def get_user(call: Call) -> Answer:
@@ -3453,12 +3450,10 @@ def list_changes(call: Call) -> Answer:
         return Answer(events(call, last_seq), [], EVENTS)
     rows = call.store.changes(since, limit or MAX_CHANGES)
     members, tail, headers = ", ".join(row for row, _ in rows), "", Headers()
-    if limit is not None:
-        uri = None
-        if len(rows) == limit and rows[-1][1] < call.store.last_seq():
-            query = urlencode({"since": rows[-1][1], "limit": limit})
-            uri = f"{call.uri('/changes')}?{query}"
-        tail, headers = tell_next(uri)
+    if limit:
+        more = len(rows) == limit and rows[-1][1] < call.store.last_seq()
+        place = rows[-1][1] if more else None
+        tail, headers = tell_next(call, "/changes", "since", place)
     return Answer(f'{{"results": [{members}]{tail}}}'.encode(), headers)
 
 
@@ -3469,7 +3464,7 @@ def events(call: Call, since: int | None) -> Iterator[bytes]:
     know that would ask at once; under it the thread waits, and is given back after a
     while, as such a server does not notice either that the client has gone.
     """
-    ours, pause = "userapi.server" in call.environ, threading.Event()
+    ours = "userapi.server" in call.environ
     began = silent = time.monotonic()
     yield b"retry: 1000\n\n"
     while True:
@@ -3491,7 +3486,7 @@ def events(call: Call, since: int | None) -> Iterator[bytes]:
         else:
             yield b""
             if not ours:
-                pause.wait(0.25)
+                time.sleep(0.25)
         if not ours and time.monotonic() - began > TURN:
             return
 
@@ -3501,27 +3496,15 @@ def get_page(call: Call) -> Answer:
     return html_answer(page(call.prefix, seq, call.actor, writes))
 
 
-def get_reference(call: Call) -> Answer:
-    return html_answer(reference(call.prefix))
-
-
 def html_answer(document: tuple[str, str]) -> Answer:
     body, policy = document
     headers = [("Content-Security-Policy", policy)]
     return Answer(body.encode(), headers, HTML_UTF8)
 
 
-def get_openapi(call: Call) -> Answer:
-    return Answer(to_json(openapi(call.prefix)))
-
-
 def get_postman(call: Call) -> Answer:
     scheme, host = call.environ["wsgi.url_scheme"], call.header("HOST") or "localhost"
     return Answer(to_json(postman(f"{scheme}://{host}{call.prefix}")))
-
-
-def get_health(call: Call) -> Answer:
-    return Answer(to_json({"status": "ok"}))
 
 
 def get_metrics(call: Call) -> Answer:
@@ -3593,13 +3576,15 @@ OPERATIONS = (
         "Who changed which members of whom; as server-sent events it stays open.",
         ("since", "limit"), answers=(JSON, EVENTS), problems=(410,)),
     Operation("get_page", "GET", "/", get_page, "The admin page.", answers=(HTML,)),
-    Operation("get_reference", "GET", "/docs", get_reference,
+    Operation("get_reference", "GET", "/docs",
+        lambda call: html_answer(reference(call.prefix)),
         "The reference for people.", answers=(HTML,)),
-    Operation("get_openapi", "GET", "/openapi.json", get_openapi,
-        "The OpenAPI document."),
+    Operation("get_openapi", "GET", "/openapi.json",
+        lambda call: Answer(to_json(openapi(call.prefix))), "The OpenAPI document."),
     Operation("get_postman", "GET", "/postman.json", get_postman,
         "The Postman collection."),
-    Operation("get_health", "GET", "/health", get_health,
+    Operation("get_health", "GET", "/health",
+        lambda call: Answer(to_json({"status": "ok"})),
         "Whether the server answers; needs no token."),
     Operation("get_metrics", "GET", "/metrics", get_metrics,
         "Figures for Prometheus.", answers=(PROMETHEUS,)),
