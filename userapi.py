@@ -3772,11 +3772,11 @@ class Guard:
 
     def refuse_cross_site(self, call: Call) -> None:
         site, origin = call.header("SEC_FETCH_SITE"), call.header("ORIGIN")
-        if self.is_listed(call) or site in ("same-origin", "none"):
-            return
-        if site is None and (origin is None or origin_host(origin) == own_host(call)):
-            return
-        raise Problem(403, "another site's page may not write here: see cors")
+        ours = site in ("same-origin", "none")
+        if site is None:
+            ours = origin is None or origin_host(origin) == own_host(call)
+        if not ours and not self.is_listed(call):
+            raise Problem(403, "another site's page may not write here: see cors")
 
     def is_trusted(self, address: str) -> bool:
         import ipaddress
@@ -3929,6 +3929,10 @@ class UserAPI:
             self.read_body(call)
         return self.write(call, found) if found.writes else found.run(call)
 
+    def examine(self, environ: Environ) -> None:
+        """Raise the Problem that a request is refused for before its body is read."""
+        self.read_head(Call(self, dict(environ)))
+
     def read_head(self, call: Call) -> Resource:
         """Guard, resource, operation, parameters, media types. Raises Problem."""
         self.guard.believe_proxy(call.environ)
@@ -4063,11 +4067,11 @@ def choose_media(call: Call, offered: tuple[str, ...]) -> str:
 def choose_taken(call: Call, takes: tuple[str, ...]) -> str:
     """The media type that a body is read as. Raises Problem 415."""
     media = call.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
-    accept = [("Accept", ", ".join(takes))]
-    if call.environ.get("HTTP_CONTENT_ENCODING"):
-        raise Problem(415, "a Content-Encoding is not taken", headers=accept)
-    if media and media not in takes:
-        raise Problem(415, f"send {' or '.join(takes)}", headers=accept)
+    coded = call.environ.get("HTTP_CONTENT_ENCODING")
+    if coded or media and media not in takes:
+        told = f"send {' or '.join(takes)}"
+        told = "a Content-Encoding is not taken" if coded else told
+        raise Problem(415, told, headers=[("Accept", ", ".join(takes))])
     return media if media in (CSV, NDJSON) else JSON
 
 
@@ -5473,7 +5477,7 @@ class Connection(asyncio.Protocol):
             self.deadline = time.monotonic() + seconds
             if modern and "HTTP_EXPECT" in environ and not self.buffer:
                 if not self.server.remote:  # there the guard may wait for the database
-                    self.server.app.read_head(Call(self.server.app, dict(environ)))
+                    self.server.app.examine(environ)
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def hold(self, size: int) -> None:
