@@ -73,7 +73,7 @@ import time
 import traceback
 import unicodedata
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode
@@ -2757,10 +2757,9 @@ def write_cursor(sort: str, key: Any, id: int) -> str:
 
 
 class Param(NamedTuple):
-    """A query parameter: its name, JSON Schema and purpose, and how its text is read
-    where the schema does not say it (of a list, what stands between commas)."""
+    """A query parameter: its JSON Schema and purpose, and how its text is read where
+    the schema does not say it (of a list, what stands between commas)."""
 
-    name: str
     schema: Item
     help: str
     special: Callable[[str], Any] | None = None
@@ -2781,21 +2780,21 @@ LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000}
 SINCE = {"type": "integer", "minimum": 0, "maximum": MAX_ID}
 SORT_NAMES = [*SORTS, *(f"-{name}" for name in SORTS)]
 CONFLICT = choice("fail", "skip", "replace", default="fail")
-PARAMS = {param.name: param for param in (
-    Param("limit", LIMIT, "At most so many; the answer has `next`."),
-    Param("after", STRING, "The cursor out of `next`.", read_cursor),
-    Param("count", BOOL, "Add `total`, the number of all that match."),
-    Param("q", STRING, "Part of a name or mail, ignoring case."),
-    Param("name", STRING, "Exactly this name."),
-    Param("mail", STRING, "This mail address, ignoring case."),
-    Param("id", ID_LIST, "These ids, by commas."),
-    Param("sort", choice(*SORT_NAMES), "The order; a leading - turns it round."),
-    Param("fields", NAMES, "Only these members, by commas."),
-    Param("format", choice(*FORMATS), "The format; beats Accept."),
-    Param("conflict", CONFLICT, "What is done about an id that is taken."),
-    Param("dry_run", BOOL, "Do everything but keep it."),
-    Param("since", SINCE, "Only changes after this seq."),
-)}  # fmt: skip
+PARAMS = {
+    "limit": Param(LIMIT, "At most so many; the answer has `next`."),
+    "after": Param(STRING, "The cursor out of `next`.", read_cursor),
+    "count": Param(BOOL, "Add `total`, the number of all that match."),
+    "q": Param(STRING, "Part of a name or mail, ignoring case."),
+    "name": Param(STRING, "Exactly this name."),
+    "mail": Param(STRING, "This mail address, ignoring case."),
+    "id": Param(ID_LIST, "These ids, by commas."),
+    "sort": Param(choice(*SORT_NAMES), "The order; a leading - turns it round."),
+    "fields": Param(NAMES, "Only these members, by commas."),
+    "format": Param(choice(*FORMATS), "The format; beats Accept."),
+    "conflict": Param(CONFLICT, "What is done about an id that is taken."),
+    "dry_run": Param(BOOL, "Do everything but keep it."),
+    "since": Param(SINCE, "Only changes after this seq."),
+}
 
 
 # Operations and calls
@@ -2850,29 +2849,25 @@ NOTHING = Operation("none", "OPTIONS", "", lambda call: Answer(b""), "")
 
 
 class Call:
-    """One request on its way through an operation."""
+    """One request on its way through an operation: what has been found out about it."""
 
-    __slots__ = (
-        "actor", "app", "args", "base", "body", "environ", "media", "members", "method",
-        "operation", "params", "path", "prefix", "role", "store", "takes", "view",
-    )  # fmt: skip
-
-    base: str
-    view: str
-    members: tuple[str, ...]
+    actor: str | None = None
+    role = "admin"
+    prefix: str  # of all paths, where the application is mounted
+    base: str  # of the paths in this API version
     path: str
+    view: str
+    members: tuple[str, ...]  # of the view
+    operation = NOTHING
+    args: Mapping[str, int] = {}  # ids in the path
+    params: Mapping[str, Any] = {}
+    media = JSON  # of the answer
+    takes = JSON  # how the body is read
+    body = b""
 
     def __init__(self, app: UserAPI, environ: Environ) -> None:
         self.app, self.store, self.environ = app, app.store, environ
         self.method: str = environ["REQUEST_METHOD"]
-        self.actor: str | None = None
-        self.role = "admin"
-        self.params: Item = {}
-        self.prefix: str = ""
-        self.media = self.takes = JSON
-        self.operation = NOTHING
-        self.args: dict[str, int] = {}
-        self.body = b""
 
     def header(self, name: str) -> str | None:
         return self.environ.get(f"HTTP_{name}")
@@ -2913,12 +2908,12 @@ class Call:
 
     def check_version(self, version: int) -> None:
         """Raise Problem 412 where a write was not meant for this version of a user."""
-        if self.has(f'"{version}"'):
+        if self.client_has(f'"{version}"'):
             raise Problem(412, "the user is there, and in this version")
 
-    def has(self, tag: str) -> bool:
-        """Whether the client has what the tag names (RFC 9110 §13). Raises Problem 412
-        where it wants no other, and has another."""
+    def client_has(self, tag: str) -> bool:
+        """Whether the client knows what has this tag (RFC 9110 §13). Raises Problem 412
+        where it asked for what has another."""
         match, none = self.header("IF_MATCH"), self.header("IF_NONE_MATCH")
         if match is not None and not has_tag(match, tag, weak=False):
             raise Problem(412, "someone was faster; read the user again")
@@ -2931,7 +2926,7 @@ class Call:
         if self.media != JSON or "fields" in self.params:
             return Answer(body, [*headers], self.media)
         headers = [("ETag", tag), *headers]
-        if self.has(tag):
+        if self.client_has(tag):
             return Answer(b"", headers, status=304)
         return Answer(body, headers)
 
@@ -3274,19 +3269,12 @@ def list_users(call: Call) -> Answer:
 
 def make_query(call: Call) -> Query:
     """The query that the parameters are. Raises Problem 400."""
-    params = call.params
-    sort, after = params.get("sort", "id"), params.get("after")
+    get = call.params.get
+    sort, after = get("sort", "id"), get("after")
     if after and after[0] != sort:
         raise bad_query(("after", "is a cursor of another sort"))
-    return Query(
-        q=params.get("q"),
-        name=params.get("name"),
-        mail=params.get("mail"),
-        ids=params.get("id"),
-        sort=sort,
-        after=after and after[1:],
-        limit=params.get("limit"),
-    )
+    place, limit = after and after[1:], get("limit")
+    return Query(get("q"), get("name"), get("mail"), get("id"), sort, place, limit)
 
 
 def show_total(call: Call, query: Query) -> str:
@@ -3364,14 +3352,18 @@ def get_user(call: Call) -> Answer:
 
 
 def save_users(call: Call) -> Answer:
-    check, conflict = call.precondition(), call.params.get("conflict", "fail")
+    conflict = call.params.get("conflict", "fail")
     if call.takes != JSON:
         return import_body(call, conflict)
-    items, one = read_items(call)
-    how, id = HOW[call.method], call.args.get("id")
     saving = Saving(
-        call.store, how, call.members, id=id, check=check, conflict=conflict
+        call.store,
+        HOW[call.method],
+        call.members,
+        id=call.args.get("id"),
+        check=call.precondition(),
+        conflict=conflict,
     )
+    items, one = read_items(call)
     saved = saving.save([items])
     ids = [*saved.created, *saved.replaced]
     users = [call.store.show_user(id, call.members) for id in ids]
@@ -6458,8 +6450,13 @@ def run_arguments(arguments: list[str]) -> int:
         arguments.insert(0, "serve")
     if any(word.partition("=")[0] == "--token" for word in arguments):
         raise SettingError("a token is no flag: set USERAPI_TOKEN or --token-file")
-    given = vars(build_parser().parse_args(arguments))
-    return COMMANDS[given.pop("command")].run(given) or 0
+    try:
+        given = vars(build_parser().parse_args(arguments))
+        return COMMANDS[given.pop("command")].run(given) or 0
+    except SystemExit as end:  # argparse has told what it had to
+        return int(end.code or 0)
+    finally:
+        flush_output()
 
 
 def flush_output() -> None:
@@ -6474,12 +6471,7 @@ def flush_output() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0 done, 1 failed, 2 wrong usage or a refused setting."""
     try:
-        try:
-            return run_arguments(list(sys.argv[1:] if argv is None else argv))
-        except SystemExit as end:  # argparse has told what it had to
-            return int(end.code or 0)
-        finally:
-            flush_output()
+        return run_arguments(list(sys.argv[1:] if argv is None else argv))
     except BrokenPipeError:  # who reads our output has gone
         return 1
     except SettingError as fault:
