@@ -5687,6 +5687,24 @@ def test_import_from_standard_input_and_export_to_a_pipe(db):
     assert out.stdout == (CSV_TEXT + "1338,Zoé,z@x\r\n").encode()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are others there")
+@pytest.mark.parametrize("name,begins", [("a.csv", b"name,mail\n"), ("a.ndjson", b"[")])
+def test_a_line_without_end_is_refused_in_bounded_memory(db, tmp_path, name, begins):
+    import resource
+
+    size = 256 << 20
+    (tmp_path / name).write_bytes(begins + b"x" * (128 << 20))
+    done_ = subprocess.run(
+        [*PROGRAM, "import", tmp_path / name, "--db", str(db)],
+        stderr=subprocess.PIPE,
+        timeout=60,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (size, size)),
+    )
+    assert done_.returncode == 1 and "Traceback" not in done_.stderr
+    assert f"line {begins.count(b'name') + 1}: # is not valid" in done_.stderr
+
+
 BUFFERED = {"PYTHONUNBUFFERED": ""}
 PRINTING = [["openapi"], ["token", "add", "desk"], ["check"]]
 

@@ -3040,11 +3040,17 @@ def bad_envelope(detail: str) -> Problem:
 
 
 BOM = b"\xef\xbb\xbf"
+MAX_LINE = 8 << 20  # bytes of an import's line, more than any user's
 
 
-def ndjson_entries(file: Iterable[bytes]) -> Iterator[Entry]:
+def read_lines(file: Any) -> Iterator[bytes]:
+    """The lines of a file; of one longer than any user's, pieces that are none."""
+    return iter(functools.partial(file.readline, MAX_LINE), b"")
+
+
+def ndjson_entries(file: Any) -> Iterator[Entry]:
     """The items of NDJSON with their lines; a line that is no JSON is a fault."""
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(read_lines(file), 1):
         if number == 1:
             line = line.removeprefix(BOM)
         if line.strip():
@@ -3054,7 +3060,7 @@ def ndjson_entries(file: Iterable[bytes]) -> Iterator[Entry]:
                 yield Place("#", number), BadLine(f"is not valid JSON: {fault}")
 
 
-def read_ndjson(file: Iterable[bytes]) -> Iterator[list[Entry]]:
+def read_ndjson(file: Any) -> Iterator[list[Entry]]:
     return batches(ndjson_entries(file))
 
 
@@ -3062,7 +3068,8 @@ def read_csv(file: Any) -> Iterator[Columns | list[Entry]]:
     """The items of CSV (RFC 4180) with their physical lines; the header is line 1."""
     import csv
 
-    lines = itertools.chain([file.readline().removeprefix(BOM)], file)
+    lines = read_lines(file)
+    lines = itertools.chain([next(lines, b"").removeprefix(BOM)], lines)
     reader = csv.reader(map(bytes.decode, lines), strict=True)
     first = take_rows(reader, 1)
     while first == [[]]:  # a blank line
