@@ -3959,6 +3959,9 @@ class UserAPI:
     def show_options(self, call: Call, resource: Resource) -> Answer:
         """What can be done with a resource, to a CORS preflight as well."""
         headers = [("Allow", resource.allow)]
+        if "PATCH" in resource.operations:  # RFC 5789 §3.1
+            takes = resource.operations["PATCH"].takes
+            headers.append(("Accept-Patch", ", ".join(takes)))
         if self.guard.is_preflight(call) and self.guard.is_listed(call):
             headers.append(("Access-Control-Allow-Methods", resource.allow))
             headers.append(("Access-Control-Allow-Headers", ASKED))
