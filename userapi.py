@@ -2415,6 +2415,8 @@ def check_rows(
         elif how != "create" and found and found not in there:
             faults.add(place.fault("id", "does not exist"), 404)
         rows.append(row)
+    if number is not None and faults.statuses == {404}:
+        raise nothing_there(shape.name, [number])
     faults.raise_worst()
     if how == "create" and len(there) + len(rows) > MAX_ROWS:
         raise Problem(409, f"{MAX_ROWS} are the most that a user has")
@@ -3409,7 +3411,7 @@ def get_row(call: Call) -> Answer:
     rows, version = call.store.show_rows(user, shape)
     found = [row for row in json.loads(rows) if row["id"] == n]
     if not found:
-        raise Problem(404, f"user {user} has no such {shape.name}")
+        raise nothing_there(shape.name, [n])
     return call.tagged(to_json({"results": found}), f'"{version}"')
 
 
