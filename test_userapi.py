@@ -5765,6 +5765,7 @@ def test_an_export_goes_into_a_pipe_as_it_is(command, tmp_path):
     assert pipe.is_fifo()
 
 
+@of_files("there is none before")
 def test_an_import_of_nothing_makes_no_database(command, db):
     db.unlink()
     assert command("import", "missing.csv")[0] == 1

@@ -371,12 +371,17 @@ TIME = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(?:[Zz]|([+-]\d\d:\d\d))",
     re.ASCII,
 )
+#: nearly each of those that are stored, but on days that not every month has
+STORED_TIME = re.compile(
+    r"(?!0000)[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])"
+    r"T(?:[01][0-9]|2[0-3])(?::[0-5][0-9]){2}\.[0-9]{3}Z"
+)
 
 
 class Field(NamedTuple):
     """One member of a user, a phone or an address: what it may hold and where it shows.
 
-    `schema` is JSON Schema and is what check() runs by; `clean` is a rule beyond it;
+    `schema` is JSON Schema, which rule() goes by; `clean` is a rule beyond it;
     `v1` and `csv` say where it shows besides v2; `rows` names the kind of a list.
     """
 
@@ -394,22 +399,40 @@ class Field(NamedTuple):
     clean: Callable[[str], str] | None = None
     input: str = "text"
 
-    def check(self, value: Any) -> Any:
-        """The value as it is stored. Raises ValueError with what is wrong."""
+    def rule(self, partial: bool = False) -> Callable[[Any], Any]:
+        """What gives a value as it is stored, or raises ValueError with what is wrong.
+
+        With `partial`, null stands for what is taken away.
+        """
         if self.schema["type"] == "integer":
-            return check_id(value)
-        if not isinstance(value, str):
-            raise ValueError("is not a string")
-        value.encode()  # a lone surrogate is a ValueError, too
-        if self.clean:
-            value = self.clean(value)
-        most = self.schema.get("maxLength", len(value))
-        if len(value) > most:
-            raise ValueError(f"has {len(value)} characters; {most} are the most")
+            return check_id
+        if self.schema.get("format") == "date-time":
+            return check_time
+        most, clean, wrong = self.schema["maxLength"], self.clean, self.fault
         pattern = self.schema.get("pattern")
-        if pattern and not re.fullmatch(pattern, value):
-            raise ValueError(self.fault)
-        return value
+        fits = pattern and re.compile(pattern).fullmatch
+
+        def check(value: Any) -> str:
+            if not isinstance(value, str):
+                if partial and value is None:
+                    return self.without()
+                raise ValueError("is not a string")
+            if not value.isascii():
+                value.encode()  # a lone surrogate is a ValueError, too
+            text = clean(value) if clean else value
+            if len(text) > most:
+                raise ValueError(f"has {len(text)} characters; {most} are the most")
+            if fits and not fits(text):
+                raise ValueError(wrong)
+            return text
+
+        return check
+
+    def without(self) -> str:
+        """What is stored where the value is taken away. Raises ValueError."""
+        if self.required:
+            raise ValueError("is required")
+        return ""
 
 
 def check_id(value: Any) -> int:
@@ -441,6 +464,8 @@ def clean_name(value: str) -> str:
 
 def check_time(value: Any) -> str:
     """A time of RFC 3339 in UTC with milliseconds. Raises ValueError."""
+    if isinstance(value, str) and STORED_TIME.fullmatch(value):
+        return value
     match = TIME.fullmatch(value) if isinstance(value, str) else None
     try:
         day, clock, fraction, offset = match.groups()  # type: ignore[union-attr]
@@ -486,6 +511,7 @@ class Shape:
         self.fields, self.one_of = fields, one_of
         self.by_name = {field.name: field for field in fields}
         self.names = tuple(self.by_name)
+        self.values = operator.itemgetter(*self.names)
         #: those that are a column which a client writes, without the id
         self.columns = tuple(
             field
@@ -591,90 +617,100 @@ class Faults:
         return f"{member} {fault['detail']}"
 
 
-class Checker(NamedTuple):
-    """How items of one request are checked; what is wrong is added to `faults`.
+class Checker:
+    """How the items of a shape are checked; what is wrong is added to `faults`.
 
     `members` are the names that may be sent; with `partial` only what is sent is
     checked (a merge); `keeps` names what is kept though it is read-only (an import).
     """
 
-    shape: Shape
-    members: Sequence[str]
-    faults: Faults
-    partial: bool = False
-    keeps: Sequence[str] = ()
+    def __init__(
+        self,
+        shape: Shape,
+        members: tuple[str, ...],
+        partial: bool = False,
+        keeps: tuple[str, ...] = (),
+    ) -> None:
+        self.partial, self.one_of = partial, () if partial else shape.one_of
+        #: what gives a member's value as it is stored; None for what is not stored
+        self.rules: dict[str, Callable[[Any], Any] | None] = {}
+        self.lists: dict[str, Checker] = {}
+        for field in (shape.by_name[name] for name in members):
+            wanted = not (field.rows or field.read_only) or field.name in keeps
+            self.rules[field.name] = field.rule(partial) if wanted else None
+            if field.rows:
+                below = SHAPES[field.rows]
+                self.lists[field.name] = Checker(below, below.names)
+        written = [] if partial else [f for f in shape.columns if f.name in members]
+        self.required = [field.name for field in written if field.required]
+        self.empty = {field.name: "" for field in written if not field.required}
 
-    def check(self, place: Place, item: Any, id_rule: int | str = "optional") -> Item:
+    def check(
+        self, place: Place, item: Any, faults: Faults, id_rule: int | str = "optional"
+    ) -> Item:
         """The item as it is stored. `id_rule` is optional, required, or the URI's."""
         if not isinstance(item, dict):
             told = item if isinstance(item, BadLine) else "is not an object"
-            self.faults.add(place.fault(None, told))
+            faults.add(place.fault(None, told))
             return {}
-        found = self.faults.total
-        values: Item = {}
+        found, values, rules = faults.total, dict[str, Any](self.empty), self.rules
         for name, value in item.items():
+            rule = rules.get(name, refuse_member)
             try:
-                self.check_member(place, name, value, values)
+                if rule is not None:
+                    values[name] = rule(value)
+                elif name in self.lists:
+                    values[name] = self.check_rows(place, name, value, faults)
             except ValueError as fault:
-                self.faults.add(place.fault(escape_pointer(str(name)), str(fault)))
-        if not self.partial:
-            self.complete(place, item, values)
-        if isinstance(id_rule, int):
-            if values.get("id", id_rule) != id_rule:
-                self.faults.add(place.fault("id", "is not the URI's"))
-            values["id"] = id_rule
-        elif id_rule == "required" and "id" not in item:
-            self.faults.add(place.fault("id", "is required"))
-        wanted, well = self.shape.one_of, self.faults.total == found
-        if self.partial or not wanted or not well:
-            return values
-        if not any(values.get(name, "").strip() for name in wanted):
-            self.faults.add(place.fault(None, f"needs {' or '.join(wanted)}"))
+                faults.add(place.fault(escape_pointer(str(name)), str(fault)))
+        for name in self.required:
+            if name not in item:
+                faults.add(place.fault(name, "is required"))
+        if id_rule != "optional":
+            self.check_id(place, item, values, faults, id_rule)
+        if self.one_of and faults.total == found and not self.has_one(values):
+            faults.add(place.fault(None, f"needs {' or '.join(self.one_of)}"))
         return values
 
-    def check_member(self, place: Place, name: str, value: Any, values: Item) -> None:
-        field = self.shape.by_name.get(name)
-        if field is None or name not in self.members:
-            raise ValueError("is no member that can be sent here")
-        if field.read_only:
-            if name in self.keeps:
-                check = check_id if field.schema is ID else check_time
-                values[name] = check(value)
-        elif self.partial and value is None and name != "id":
-            if field.required:
-                raise ValueError("is required")
-            values[name] = [] if field.rows else ""
-        elif field.rows:
-            values[name] = self.check_rows(place, field, value)
-        else:
-            values[name] = field.check(value)
+    def has_one(self, values: Item) -> bool:
+        return any(values.get(name, "").strip() for name in self.one_of)
 
-    def check_rows(self, place: Place, field: Field, value: Any) -> list[Item]:
+    def check_id(
+        self, place: Place, item: Item, values: Item, faults: Faults, rule: int | str
+    ) -> None:
+        if isinstance(rule, int):
+            if values.get("id", rule) != rule:
+                faults.add(place.fault("id", "is not the URI's"))
+            values["id"] = rule
+        elif "id" not in item:
+            faults.add(place.fault("id", "is required"))
+
+    def check_rows(
+        self, place: Place, name: str, value: Any, faults: Faults
+    ) -> list[Item]:
+        if value is None and self.partial:
+            return []
         if not isinstance(value, list):
             raise ValueError("is not a list")
-        if len(value) > field.schema["maxItems"]:
-            raise ValueError(f"has more than {field.schema['maxItems']} entries")
-        shape = SHAPES[field.rows]
-        checker = Checker(shape, shape.names, self.faults)
-        rows, seen = [], set()
+        if len(value) > MAX_ROWS:
+            raise ValueError(f"has more than {MAX_ROWS} entries")
+        check, rows, seen = self.lists[name].check, [], set()
         for index, item in enumerate(value):
-            at = place._replace(pointer=f"{place.pointer}/{field.name}/{index}")
-            rows.append(checker.check(at, item))
+            at = Place(f"{place.pointer}/{name}/{index}", place.line)
+            rows.append(check(at, item, faults))
             number = rows[-1].get("id")
             if number is not None and number in seen:
-                self.faults.add(at.fault("id", "stands twice"))
+                faults.add(at.fault("id", "stands twice"))
             seen.add(number)
         return rows
 
-    def complete(self, place: Place, item: Item, values: Item) -> None:
-        """Name the required members that are missing, empty the optional ones."""
-        for field in self.shape.columns:
-            if field.name in item or field.name not in self.members:
-                continue
-            if field.required:
-                self.faults.add(place.fault(field.name, "is required"))
-            else:
-                values[field.name] = ""
+
+def refuse_member(value: Any) -> Any:
+    raise ValueError("is no member that can be sent here")
+
+
+#: made once for each way of checking there is
+find_checker = functools.lru_cache(maxsize=64)(Checker)
 
 
 def is_clean(text: str) -> bool:
@@ -756,6 +792,7 @@ SORTS.update(created="created", updated="updated")
 SORT_INDEXES = [(name, column) for name, column in SORTS.items() if name != "id"]
 GRAVES = 100_000  # ids of deleted users whose last version is remembered
 BATCH = 1000  # items of a request or an import that are looked at together
+ROWS_AT_ONCE = 20  # that one statement inserts
 MANY = 20_000  # users created at once from which on the indexes are made last
 DAY = 24 * 60 * 60
 RETRIES = 64 << 20  # bytes of answers that are kept for retries, the last ones
@@ -850,7 +887,7 @@ MIGRATIONS = (
             for name, column in SORT_INDEXES
         ),
         "CREATE TABLE changes (seq INTEGER PRIMARY KEY, at TEXT NOT NULL, actor TEXT,"
-        " op TEXT NOT NULL, user INTEGER NOT NULL, fields TEXT NOT NULL)",
+        ' op TEXT NOT NULL, "user" INTEGER NOT NULL, fields TEXT NOT NULL)',
         "CREATE TABLE retries (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE,"
         " at INTEGER NOT NULL,"
         " digest BLOB NOT NULL, status INTEGER NOT NULL, headers TEXT NOT NULL,"
@@ -948,7 +985,7 @@ TABLES_SQL = (
     "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
 )
 CHANGE = ("seq", "at", "actor", "op", "user", "fields")
-LOG_SQL = f"INSERT INTO changes ({', '.join(CHANGE)}) VALUES (?, ?, ?, ?, ?, ?)"
+INTO_CHANGES = 'changes (seq, at, actor, op, "user", fields)'
 #: the indexes and triggers of users, but those that SQLite makes for itself
 ASIDE_SQL = (
     "SELECT type, name, sql FROM sqlite_master WHERE tbl_name = 'users'"
@@ -965,14 +1002,16 @@ STORED_SQL = (
 )
 INSERTED = ("user_id", "version", "created", "updated", *LASTS)
 INSERTED += (*(field.column for field in USER.columns), "name_fold", "mail_fold")
-INSERT_SQL = (
-    f"INSERT INTO users ({', '.join(INSERTED)}) VALUES (?{', ?' * (len(INSERTED) - 1)})"
+INTO_USERS = f"users ({', '.join(INSERTED)})"
+INTO_PLAIN = (
+    "users (user_id, user_name, user_mail, name_fold, mail_fold, created, updated,"
+    " version)"
 )
 CHANGE_SQL = object_sql(
     [
         ("seq", "seq"),
         *((name, text_sql(name)) for name in ("at", "actor", "op")),
-        ("user", "user"),
+        ("user", '"user"'),
         ("fields", "fields"),
     ]
 )
@@ -1144,8 +1183,6 @@ class Store:
     /api/changes shows it) once it is committed.
     """
 
-    #: plain users that one statement inserts, which saves a third of the time
-    rows_at_once = 20
     #: what it means that the database rolled a whole group back
     lost: tuple[Any, ...] = (507, DISK_FULL)
 
@@ -1750,17 +1787,13 @@ class Store:
             return []
         alone = len(new) == 1 and SHAPES.keys().isdisjoint(new[0])
         db, now, highest = self._writer(alone), self._now(), self._highest_id()
-        used = [item["id"] for item in new if "id" in item and item["id"] <= highest]
-        graves = self._find_graves(used) if used else {}
-        count = max([highest, *(item["id"] for item in new if "id" in item)])
-        rows = []
+        given = [item["id"] for item in new if "id" in item]
+        graves = self._find_graves([id for id in given if id <= highest])
+        count, rows = max([highest, *given]), []
         for item in new:
             if "id" not in item:
-                count += 1
-                if count > MAX_ID:
-                    raise Problem(409, "there is no id left")
-            id = item.setdefault("id", count)
-            version = item.get("version", 1)
+                item["id"] = count = count + 1
+            id, version = item["id"], item.get("version", 1)
             if id <= highest:
                 version = max(version, graves.get(id, 0) + 1, graves.get(0, 0) + 1)
             times = item.get("created", now), item.get("updated", now)
@@ -1768,11 +1801,14 @@ class Store:
             lasts = [number_rows(item[n], 0) if n in item else 0 for n in SHAPES]
             columns = [item.get(name, "") for name in WRITTEN]
             rows.append((id, version, *times, *lasts, *columns, *folds))
-            self._log("create", (id,), tuple(filter(item.get, LOGGED)))
-        db.executemany(INSERT_SQL, rows)
+        if count > MAX_ID:
+            raise Problem(409, "there is no id left")
+        self._insert_rows(db, INTO_USERS, rows)
         for name, shape in SHAPES.items() if not alone else ():
             below = [(item["id"], item[name]) for item in new if name in item]
             self._put_rows(shape, below, 1)
+        for names, run in itertools.groupby(new, written_members):
+            self._log("create", [item["id"] for item in run], names)
         self._highest = count
         return [row[0] for row in rows]
 
@@ -1783,15 +1819,16 @@ class Store:
         db, now = self._writer(), self._now()
         folds = fold_all(names), fold_all(mails)
         same = map(itertools.repeat, (now, now, 1))
-        cells = list(itertools.chain(*zip(ids, names, mails, *folds, *same)))
-        width = 8 * self.rows_at_once
-        rest = len(cells) % width
-        rows = (cells[at : at + width] for at in range(0, len(cells) - rest, width))
-        db.executemany(columns_sql(self.rows_at_once), rows)
-        if rest:
-            db.execute(columns_sql(rest // 8), cells[-rest:])
+        self._insert_rows(db, INTO_PLAIN, zip(ids, names, mails, *folds, *same))
         self._highest = ids[-1]
         self._log("create", ids, ("name", "mail"))
+
+    def _insert_rows(self, db: Any, into: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Insert rows, many with one statement, which saves a third of the time."""
+        rows = iter(rows)
+        while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
+            sql = insert_sql(into, len(some), len(some[0]))
+            db.execute(sql, list(itertools.chain.from_iterable(some)))
 
     def _highest_id(self) -> int:
         """The highest id that there has been, looked up once a transaction or group."""
@@ -1801,6 +1838,8 @@ class Store:
 
     def _find_graves(self, ids: Sequence[int]) -> dict[int, int]:
         """The last version of each of these ids that was in use before."""
+        if not ids:
+            return {}
         marks = ", ".join("?" * len(ids))
         sql = f"SELECT user_id, version FROM graves WHERE user_id IN (0, {marks})"
         return dict(self.rows(sql, ids))
@@ -1892,7 +1931,7 @@ class Store:
             return
         ((last,),) = db.execute(f"SELECT {_LAST_SEQ}")
         last += log.total
-        db.executemany(LOG_SQL, log.rows(last))
+        self._insert_rows(db, INTO_CHANGES, log.rows(last))
         if last % max(1, self.keep_changes // 1000) < log.total:  # not each time
             bound = (last - self.keep_changes,)
             db.execute("DELETE FROM changes WHERE seq <= ?", bound)
@@ -1943,21 +1982,18 @@ class Store:
         replace: bool = False,
     ) -> None:
         """Write rows below users; with `replace` some may be there."""
-        names = shape.names
-        sql = (
-            f"INSERT INTO user_{shape.name} (user_id, stamp, {', '.join(names)})"
-            f" VALUES (?, ?{', ?' * len(names)})"
-        )
-        if replace:
-            sets = ", ".join(f"{name} = excluded.{name}" for name in ("stamp", *names))
-            sql += f" ON CONFLICT (user_id, id) DO UPDATE SET {sets}"
+        into = f"user_{shape.name} (user_id, stamp, {', '.join(shape.names)})"
         values = [
-            [user, stamp, *(row.get(name, "") for name in names)]
-            for user, rows in below
-            for row in rows
+            (user, stamp, *shape.values(row)) for user, rows in below for row in rows
         ]
-        if values:
-            self._writer().executemany(sql, values)
+        if replace:
+            names = ("stamp", *shape.names)
+            sets = ", ".join(f"{name} = excluded.{name}" for name in names)
+            sql = f"{insert_sql(into, 1, len(names) + 1)} ON CONFLICT (user_id, id)"
+            for row in values:
+                self._writer().execute(f"{sql} DO UPDATE SET {sets}", row)
+        else:
+            self._insert_rows(self._writer(), into, values)
 
     def _drop_rows(self, shape: Shape, user: int, number: int | None = None) -> None:
         """Delete one of a user's rows, or all; `stamp` tells the trigger it is us."""
@@ -2215,8 +2251,10 @@ class Seen:
         """Add an id; whether it is new."""
         bit, before = 1 << (id & 1023), self.blocks.get(id >> 10, 0)
         self.blocks[id >> 10] = before | bit
+        if before & bit:
+            return False
         at = bisect.bisect_left(self.rising, id)
-        return not before & bit and id not in self.rising[at : at + 1]
+        return at == len(self.rising) or self.rising[at] != id
 
 
 class Saving:
@@ -2231,12 +2269,12 @@ class Saving:
         self,
         store: Store,
         how: str,
-        members: Sequence[str],
+        members: tuple[str, ...],
         *,
         id: int | None = None,
         check: Callable[[int], None] | None = None,
         conflict: str = "fail",
-        keeps: Sequence[str] = (),
+        keeps: tuple[str, ...] = (),
         most: int = 30_000,
     ) -> None:
         self.store, self.creates, self.conflict = store, how == "create", conflict
@@ -2244,7 +2282,7 @@ class Saving:
         self.rule = id or ("optional" if self.creates else "required")
         self.saved = Saved(array.array("q"), array.array("q"), array.array("q"))
         self.faults, self.seen = Faults(most), Seen()
-        self.checker = Checker(USER, members, self.faults, how == "merge", keeps)
+        self.checker = find_checker(USER, members, how == "merge", keeps)
         self.aside: list[str] | None = None
 
     def save(self, batches: Iterable[Iterable[Entry]]) -> Saved:
@@ -2287,8 +2325,8 @@ class Saving:
         return True
 
     def save_batch(self, batch: Iterable[Entry]) -> None:
-        check = self.checker.check
-        items = [(place, check(place, item, self.rule)) for place, item in batch]
+        check, faults, rule = self.checker.check, self.faults, self.rule
+        items = [(place, check(place, item, faults, rule)) for place, item in batch]
         items = [entry for entry in items if self.stands_once(*entry)]
         if self.id is not None:  # of one user, what it holds is told first
             self.faults.raise_worst()
@@ -2317,6 +2355,9 @@ class Saving:
         new: list[Entry] = []
         changed: list[tuple[Place, Item, Item]] = []
         ids = [item["id"] for _, item in items if "id" in item]
+        if self.creates and ids:
+            highest = self.store._highest_id()
+            ids = [id for id in ids if id <= highest]
         there = self.store._rows_by_id(ids)
         for place, item in items:
             row = there.get(item.get("id", 0))
@@ -2344,8 +2385,10 @@ class Saving:
         two may swap theirs.
         """
         db, taken = self.store._writer(), set()
-        moving = [(row["id"],) for _, row, item in changed if "mail" in item]
-        db.executemany("UPDATE users SET mail_fold = '' WHERE user_id = ?", moving)
+        for _, row, item in changed:
+            if "mail" in item:
+                sql = "UPDATE users SET mail_fold = '' WHERE user_id = ?"
+                db.execute(sql, (row["id"],))
         for place, item in new + [(place, item) for place, _, item in changed]:
             mail = fold(item.get("mail", ""))
             sql = "SELECT 1 FROM users WHERE mail_fold = ?"
@@ -2358,14 +2401,16 @@ class Saving:
             taken.add(mail)
 
 
-@functools.lru_cache(maxsize=32)
-def columns_sql(rows: int) -> str:
-    """The statement that inserts so many plain users."""
-    marks = ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?)"] * rows)
-    return (
-        "INSERT INTO users (user_id, user_name, user_mail, name_fold, mail_fold,"
-        f" created, updated, version) VALUES {marks}"
-    )
+@functools.lru_cache(maxsize=256)
+def insert_sql(into: str, rows: int, width: int) -> str:
+    """The statement that inserts so many rows of so many values."""
+    marks = f"({', '.join('?' * width)})"
+    return f"INSERT INTO {into} VALUES {', '.join([marks] * rows)}"
+
+
+def written_members(item: Item) -> tuple[str, ...]:
+    """The members of a new user that the log names."""
+    return tuple(filter(item.get, LOGGED))
 
 
 @functools.lru_cache(maxsize=256)
@@ -2381,7 +2426,8 @@ def batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
 
 def number_rows(rows: Iterable[Item], last: int) -> int:
     """Give each row that has none the next number; the last number given out."""
-    last = max([last, *(row["id"] for row in rows if "id" in row)])
+    for row in rows:
+        last = max(last, row.get("id", 0))
     for row in rows:
         if "id" not in row:
             last = row["id"] = last + 1
@@ -2404,9 +2450,8 @@ def check_rows(
         old = find_row(there, item, number) if how == "merge" else None
         if old is not None:
             item = {n: v for n, v in {**old, **item}.items() if v is not None}
-        partial = how == "merge" and old is None
-        checker = Checker(shape, shape.names, faults, partial)
-        row = checker.check(place, item, rule if number is None else number)
+        checker = find_checker(shape, shape.names, how == "merge" and old is None)
+        row = checker.check(place, item, faults, rule if number is None else number)
         found = row.get("id")
         if found and not seen.add(found):
             faults.add(place.fault("id", "stands twice"))
@@ -2500,7 +2545,6 @@ PATIENCE = {
     "connect_timeout": 3, "tcp_user_timeout": 10_000,
     "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3,
 }  # fmt: skip
-COPIED = re.compile(r"INSERT INTO (\w+ \([^()]*\)) VALUES \([?, ]*\)")
 
 
 @functools.lru_cache(maxsize=512)
@@ -2583,18 +2627,10 @@ class Postgres:
                     raise
                 self.open()
 
-    def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Many at once; many new rows by COPY, which is the quickest."""
-        rows, copied = list(rows), COPIED.fullmatch(sql)
-        if len(rows) == 1:
-            self.execute(sql, rows[0])
-            return
+    def copy(self, into: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Insert rows the quickest way there is."""
         try:
-            cursor = self.raw.cursor()
-            if not copied or len(rows) < 20:
-                cursor.executemany(translate(sql), rows)
-                return
-            with cursor.copy(f"COPY {translate(copied[1])} FROM STDIN") as copy:
+            with self.raw.cursor().copy(f"COPY {into} FROM STDIN") as copy:
                 for row in rows:
                     copy.write_row(row)
         except self.driver.Error as fault:
@@ -2615,7 +2651,6 @@ class Postgres:
 class PostgresStore(Store):
     """Users in PostgreSQL, for any number of processes that write one at a time."""
 
-    rows_at_once = 1  # as COPY takes them
     lost = (503, "the database went away", (), [("Retry-After", "5")])
     _loop_thread = 0
 
@@ -2662,6 +2697,14 @@ class PostgresStore(Store):
 
     def _make_room(self, db: Any) -> None:
         """That is the server's affair."""
+
+    def _insert_rows(self, db: Any, into: str, rows: Iterable[Sequence[Any]]) -> None:
+        rows = iter(rows)
+        first = list(itertools.islice(rows, 2))
+        if len(first) < 2:
+            super()._insert_rows(db, into, first)
+        else:
+            db.copy(into, itertools.chain(first, rows))
 
     def open_group(self) -> None:
         """Groups are run in threads; this thread is never to wait for the database."""
@@ -2972,7 +3015,8 @@ def unique_members(pairs: list[tuple[str, Any]]) -> Item:
 
 def read_number(kind: Callable[[str], float], literal: str) -> float:
     """A number; the json module would also take NaN, Infinity, and endless digits."""
-    value = kind(literal) if sum(map(str.isdigit, literal)) <= 30 else math.inf
+    short = len(literal) <= 30 or sum(map(str.isdigit, literal)) <= 30
+    value = kind(literal) if short else math.inf
     if not math.isfinite(value):
         raise ValueError("a number is too large, has too many digits, or is none")
     return value
@@ -3163,7 +3207,7 @@ def import_users(
     *,
     conflict: str,
     view: str = "v2",
-    keeps: Sequence[str] = ("created", "updated"),
+    keeps: tuple[str, ...] = ("created", "updated"),
 ) -> Item:
     """Read CSV or NDJSON into the store, all of it or nothing, in bounded memory.
 

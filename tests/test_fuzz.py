@@ -177,10 +177,10 @@ READERS = {
     "cursor": lambda n: pytest.raises(ValueError, userapi.read_cursor, "W" * n),
     "name": lambda n: pytest.raises(ValueError, userapi.clean_name, "\u200b" * n),
     "mail": lambda n: pytest.raises(
-        ValueError, userapi.USER.by_name["mail"].check, "a@" + "a." * n
+        ValueError, userapi.USER.by_name["mail"].rule(), "a@" + "a." * n
     ),
     "number": lambda n: pytest.raises(
-        ValueError, userapi.PHONE.by_name["number"].check, "1" + " (" * n
+        ValueError, userapi.PHONE.by_name["number"].rule(), "1" + " (" * n
     ),
     "accept": lambda n: userapi.negotiate("a/b;q=0.1," * n, (userapi.JSON,)),
     "tags": lambda n: userapi.has_tag('"' * n, '"1"', weak=False),
