@@ -2849,8 +2849,8 @@ HOW = {"POST": "create", "PUT": "replace", "PATCH": "merge"}
 METHODS = (*SAFE, *HOW, "DELETE")
 
 
-class Operation(NamedTuple):
-    """An operation's description, by which it runs and out of which it is documented.
+class Description(NamedTuple):
+    """What an operation does, by which it runs and out of which it is documented.
 
     `takes` are the media types of its body, `answers` those it answers with; `problems`
     are statuses of its own, beside those that follow from the rest; `shape` is what it
@@ -2868,23 +2868,27 @@ class Operation(NamedTuple):
     problems: tuple[int, ...] = ()
     shape: Shape = USER
 
-    @property
+
+class Operation(Description):
+    """A description with what follows from it."""
+
+    @functools.cached_property
     def writes(self) -> bool:
         return self.method not in SAFE
 
-    @property
+    @functools.cached_property
     def bulk(self) -> bool:
         """Whether it may write many."""
         return self.writes and not self.path.endswith(":id>")
 
-    @property
+    @functools.cached_property
     def envelopes(self) -> tuple[str, ...]:
         """What its items are sent in."""
         if self.bulk:
             return ("item", "items") if self.method == "POST" else ("items",)
         return ("item",)
 
-    @property
+    @functools.cached_property
     def status(self) -> int:
         return 201 if self.method == "POST" else 200
 
