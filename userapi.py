@@ -6275,6 +6275,15 @@ def server_url(settings: Settings, sock: socket.socket) -> str:
 # ── Command line ──────────────────────────────────────────────────────────────────
 
 
+def flush_output() -> None:
+    """Write what is still to be written; else it would fail unseen at the end."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
 def run_serve(given: Item) -> None:
     settings = Settings(given)
     if not settings.token and is_missing(settings.db):
@@ -6517,15 +6526,6 @@ def run_arguments(arguments: list[str]) -> int:
         return int(end.code or 0)
     finally:
         flush_output()
-
-
-def flush_output() -> None:
-    """Write what is still to be written; else it would fail unseen at the end."""
-    try:
-        print(end="", flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
