@@ -2847,50 +2847,40 @@ PARAMS = {
 SAFE = ("GET", "HEAD", "OPTIONS")
 HOW = {"POST": "create", "PUT": "replace", "PATCH": "merge"}
 METHODS = (*SAFE, *HOW, "DELETE")
+#: the media types of bodies, where the operation does not say otherwise
+TAKES = {"POST": (JSON,), "PUT": (JSON,), "PATCH": (JSON, MERGE)}
 
 
-class Description(NamedTuple):
-    """What an operation does, by which it runs and out of which it is documented.
+class Operation:
+    """What can be done at a path, by which it runs and out of which it is documented.
 
     `takes` are the media types of its body, `answers` those it answers with; `problems`
     are statuses of its own, beside those that follow from the rest; `shape` is what it
-    is about.
+    is about; `bulk` says that it may write many.
     """
 
-    name: str
-    method: str
-    path: str
-    run: Callable[[Call], Answer]
-    summary: str
-    params: tuple[str, ...] = ()
-    takes: tuple[str, ...] = ()
-    answers: tuple[str, ...] = (JSON,)
-    problems: tuple[int, ...] = ()
-    shape: Shape = USER
-
-
-class Operation(Description):
-    """A description with what follows from it."""
-
-    @functools.cached_property
-    def writes(self) -> bool:
-        return self.method not in SAFE
-
-    @functools.cached_property
-    def bulk(self) -> bool:
-        """Whether it may write many."""
-        return self.writes and not self.path.endswith(":id>")
-
-    @functools.cached_property
-    def envelopes(self) -> tuple[str, ...]:
-        """What its items are sent in."""
-        if self.bulk:
-            return ("item", "items") if self.method == "POST" else ("items",)
-        return ("item",)
-
-    @functools.cached_property
-    def status(self) -> int:
-        return 201 if self.method == "POST" else 200
+    def __init__(
+        self,
+        name: str,
+        method: str,
+        path: str,
+        run: Callable[[Call], Answer],
+        summary: str,
+        params: tuple[str, ...] = (),
+        takes: tuple[str, ...] = (),
+        answers: tuple[str, ...] = (JSON,),
+        problems: tuple[int, ...] = (),
+        shape: Shape = USER,
+    ) -> None:
+        self.name, self.method, self.path = name, method, path
+        self.run, self.summary, self.shape = run, summary, shape
+        self.takes, self.answers = takes or TAKES.get(method, ()), answers
+        self.writes, self.problems = method not in SAFE, problems
+        self.params = (*params, "dry_run") if self.writes else params
+        self.bulk = self.writes and not path.endswith(":id>")
+        self.status = 201 if method == "POST" else 200
+        many = ("item", "items") if method == "POST" else ("items",)
+        self.envelopes = many if self.bulk else ("item",)
 
 
 #: what a call is about until its operation has been found
@@ -3564,8 +3554,6 @@ def get_metrics(call: Call) -> Answer:
 
 FIND = ("q", "name", "mail", "id", "sort", "limit", "after", "count", "fields",
         "format")  # fmt: skip
-DRY, MANY_IDS = ("dry_run",), ("id", "dry_run")
-ITEM, CHANGES = (JSON,), (JSON, MERGE)
 LIST = "All users, or those that the parameters find; streamed if there is no limit."
 
 
@@ -3579,20 +3567,19 @@ def row_operations(shape: Shape) -> tuple[Operation, ...]:
         on(f"list_{rows}", "GET", many, list_rows, f"The {title} list of a user."),
         on(f"get_{row}", "GET", one, get_row, f"One {title} of a user."),
         on(f"create_{row}", "POST", many, save_rows,
-            f"Add a {title} to a user, or many.", DRY, ITEM, problems=(409,)),
+            f"Add a {title} to a user, or many.", problems=(409,)),
         on(f"replace_{rows}", "PUT", many, save_rows,
-            f"Replace each {title} of a user that the items name.", DRY, ITEM),
+            f"Replace each {title} of a user that the items name."),
         on(f"merge_{rows}", "PATCH", many, save_rows,
-            f"Merge each item into the {title} of a user that it names (RFC 7396).",
-            DRY, CHANGES),
+            f"Merge each item into the {title} of a user that it names (RFC 7396)."),
         on(f"delete_{rows}", "DELETE", many, delete_rows,
-            f"Delete each {title} of a user that the parameter id names.", MANY_IDS),
+            f"Delete each {title} of a user that the parameter id names.", ("id",)),
         on(f"replace_{row}", "PUT", one, save_rows,
-            f"Replace one {title} of a user.", DRY, ITEM),
+            f"Replace one {title} of a user."),
         on(f"merge_{row}", "PATCH", one, save_rows,
-            f"Merge the item into one {title} of a user (RFC 7396).", DRY, CHANGES),
+            f"Merge the item into one {title} of a user (RFC 7396)."),
         on(f"delete_{row}", "DELETE", one, delete_rows,
-            f"Delete one {title} of a user.", DRY),
+            f"Delete one {title} of a user."),
     )  # fmt: skip
 
 
@@ -3604,22 +3591,21 @@ OPERATIONS = (
         "One user.", ("fields", "format"), answers=ALL),
     Operation("create_user", "POST", "/user", save_users,
         "Create a user, or many; CSV and NDJSON are imported, and their users counted.",
-        ("conflict", "dry_run"), ALL, problems=(409,)),
+        ("conflict",), ALL, problems=(409,)),
     Operation("replace_users", "PUT", "/user", save_users,
-        "Replace name and mail of each of the items' users.", DRY, ITEM,
-        problems=(409,)),
+        "Replace name and mail of each of the items' users.", problems=(409,)),
     Operation("merge_users", "PATCH", "/user", save_users,
-        "Merge each of the items into the user that it names (RFC 7396).", DRY, CHANGES,
+        "Merge each of the items into the user that it names (RFC 7396).",
         problems=(409,)),
     Operation("delete_users", "DELETE", "/user", delete_users,
-        "Delete the users that the parameter id names.", MANY_IDS),
+        "Delete the users that the parameter id names.", ("id",)),
     Operation("replace_user", "PUT", "/user/<id:id>", save_users,
-        "Replace a user's name and mail, in v2 also the lists that are sent.", DRY,
-        ITEM, problems=(409,)),
+        "Replace a user's name and mail, in v2 also the lists that are sent.",
+        problems=(409,)),
     Operation("merge_user", "PATCH", "/user/<id:id>", save_users,
-        "Merge the item into a user (RFC 7396).", DRY, CHANGES, problems=(409,)),
+        "Merge the item into a user (RFC 7396).", problems=(409,)),
     Operation("delete_user", "DELETE", "/user/<id:id>", delete_users,
-        "Delete a user with its phone numbers and addresses.", DRY),
+        "Delete a user with its phone numbers and addresses."),
     *(operation for shape in SHAPES.values() for operation in row_operations(shape)),
     Operation("list_changes", "GET", "/changes", list_changes,
         "Who changed which members of whom; as server-sent events it stays open.",
