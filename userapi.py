@@ -4607,130 +4607,113 @@ def postman(url: str = "http://127.0.0.1:8080") -> Item:
 
 HTML_DOCUMENT = r"""
 <!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>$title</title><meta name="description" content="$about">
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>$title</title>
 <link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>">
-<style>$style</style></head>
-<body $attributes>$body<script>$script</script></body></html>
+<style>$style</style>
+<body $attributes>$body<script>$script</script>
 """  # noqa: E501
 
 PAGE_STYLE = r"""
 :root {
-  color-scheme: light dark; accent-color: var(--accent); scroll-padding: 8rem 0 6rem;
+  color-scheme: light dark; accent-color: var(--accent); scroll-padding: 11rem 0 6rem;
   overflow-anchor: none; background: Canvas; --side: max(1rem, 50vw - 38rem);
   --accent: light-dark(#3b56c8, #94a8ff); --red: light-dark(#b3261e, #ff8d83);
   --soft: light-dark(#62656d, #9da0a9); --edge: light-dark(#c6c7c9, #484b53);
   --line: light-dark(#ececea, #2a2b2e);
 }
 * { box-sizing: border-box; overflow-wrap: anywhere; }
-[hidden], .reader .write, .open #leave, #state:has(> :empty) { display: none !important; }
-body { margin: 0 var(--side) 7rem; font: 0.9375rem/1.5 system-ui, sans-serif; }
-h1, h2 { margin: 0; font-size: 1.125rem; font-weight: 600; }
-button, select, input:not([type="checkbox"]) {
-  height: 2.375rem; padding: 0 0.875rem; border: thin solid var(--edge); border-radius: 8px;
-  background: Canvas; color: inherit; font: inherit;
+[hidden], .reader .write, .open #leave { display: none !important; }
+body { margin: 0 var(--side); font: 0.9375rem/1.5 system-ui, sans-serif; }
+h1, h2 { font-size: 1.125rem; font-weight: 600; }
+h1, h2, p, fieldset { margin: 0; padding: 0; border: 0; }
+a { color: inherit; text-decoration: none; }
+button, select, ::file-selector-button, input:not([type=checkbox]) {
+  height: 2.375rem; padding: 0 0.875rem; border: 1px solid var(--edge); border-radius: 8px;
+  background: Canvas; color: CanvasText; font: inherit;
 }
-a { color: inherit; }
-button:hover, #menu > :hover, .user:has(:hover, :focus, :checked) { background: var(--line); }
+:is(button, a):hover, .user:has(:hover, :focus, :checked) { background: var(--line); }
 button:disabled { opacity: 0.5; }
 .primary, .primary:hover { border: 0; background: var(--accent); color: Canvas; }
 .danger, .error { color: var(--red); }
-:focus-visible { outline: 2px solid var(--accent) !important; outline-offset: 2px; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 header, footer, #bulk, #toast { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: center; }
-header { position: sticky; top: 0; z-index: 2; padding: 0.8125rem 0; background: Canvas; }
-header label { width: 22rem; }
+header, thead, footer { position: sticky; top: 0; bottom: 0; background: Canvas; }
+header { padding: 0.8125rem 0; }
 #count { flex: 1; color: var(--soft); }
-#list, #list :is(thead, tbody) { display: block; }
-#list tr {
-  display: grid; grid: auto / auto-flow 2.5rem 3fr 4fr 2fr 2fr;
-  border-bottom: thin solid var(--line);
+table, thead, tbody { display: block; }
+thead { top: 6.875rem; }
+tr {
+  display: grid; align-items: center; padding: 0.5rem 0; border-bottom: 1px solid var(--line);
+  grid: auto / 2.5rem repeat(auto-fit, minmax(9rem, 4fr) minmax(8rem, 3fr));
 }
-#list :is(th, td) {
-  overflow: hidden; padding: 0 0.5rem; color: var(--soft); font-weight: 400; line-height: 3rem;
+th, td {
+  overflow: hidden; padding: 0.25rem 0.5rem; color: var(--soft); font-weight: 400;
   text-align: left; text-overflow: ellipsis; white-space: nowrap;
 }
-#list thead { position: sticky; top: 4rem; z-index: 1; background: Canvas; }
-#list button { all: unset; cursor: pointer; }
-#list td button { color: CanvasText; font-weight: 500; }
-[aria-sort="ascending"]::after { content: " ↑"; }
-[aria-sort="descending"]::after { content: " ↓"; }
-[type="checkbox"] { width: 1.0625rem; height: 1.0625rem; vertical-align: middle; }
-#state { padding: 4rem 1rem; color: var(--soft); text-align: center; }
-#bulk, #toast, #menu, dialog {
-  border: thin solid var(--line); border-radius: 12px; background: Canvas;
+tr > :first-child { grid-row: span 2; }
+tr button { all: inherit; max-width: 100%; padding: 0; }
+td button { color: CanvasText; font-weight: 500; }
+[aria-sort=ascending] > ::after { content: " ↑"; }
+[aria-sort=descending] > ::after { content: " ↓"; }
+[type=checkbox] { width: 1rem; height: 1rem; vertical-align: middle; }
+tbody:empty { padding: 0 !important; }
+#state { display: grid; justify-items: center; gap: 1rem; padding: 4rem 1rem; color: var(--soft); }
+#toast, #menu, dialog {
+  border: 1px solid var(--line); border-radius: 12px; background: Canvas;
   box-shadow: 0 8px 30px #0003;
 }
-#float { position: fixed; inset: auto 0.5rem 1rem; z-index: 3; width: fit-content; margin: auto; }
-#bulk, #toast { justify-content: center; margin-top: 0.5rem; padding: 0.5rem 0.75rem; }
-#toast:has(> :empty) { opacity: 0; pointer-events: none; }
-#menu { inset: 3.5rem var(--side) auto auto; margin: 0; padding: 0.375rem; }
-#menu > * {
-  display: block; width: 15rem; margin: 0; padding: 0.4375rem 0.75rem; border: 0;
-  text-align: start; text-decoration: none;
-}
-dialog { width: min(36rem, 100vw - 1rem); max-height: calc(100dvh - 1rem); padding: 1.5rem; }
+#toast { position: fixed; inset: auto 0 1rem; width: fit-content; margin: auto; padding: 0.75rem; }
+[role=status]:has(p:empty) { opacity: 0; pointer-events: none; }
+#menu { inset: 3.5rem var(--side) auto auto; width: 16rem; margin: 0; padding: 0.375rem; }
+#menu > * { display: block; width: 100%; padding: 0.5rem 0.75rem; border: 0; text-align: start; }
+dialog { width: 36rem; padding: 1.5rem 1.5rem 0; }
 dialog::backdrop { background: #0006; }
 footer {
-  position: sticky; bottom: -1.5rem; justify-content: end; margin: 1.5rem -1.5rem -1.5rem;
-  padding: 0.875rem 1.5rem; border-top: thin solid var(--line); background: Canvas;
+  justify-content: end; margin: 1.5rem -1.5rem 0; padding: 0.875rem 1.5rem;
+  border-top: 1px solid var(--line);
 }
-footer p { width: 100%; margin: 0; }
+footer p { width: 100%; }
 #delete { margin-inline-end: auto; }
 #other:empty, #other button, p:empty { display: none; }
-#list:has(+ #state > p:not(:empty)) { margin-block: 0 !important; }
-.field { display: block; margin-top: 0.75rem; color: var(--soft); font-size: 0.8125rem; }
-:is(.field, header) :is(input, select), progress { display: block; width: 100%; }
-.field :is(input, select) { margin-top: 0.25rem; color: CanvasText; font-size: 1rem; }
-[aria-invalid="true"] { border-color: var(--red) !important; }
-fieldset { margin: 0; padding: 0; border: 0; }
-#file { padding: 0.375rem; border: 0; }
+label, label :is(input, select), progress, output { display: block; width: 100%; }
+.field { margin-top: 0.5rem; color: var(--soft); font-size: 0.8125rem; line-height: 1.875; }
+.field > :is(input, select) { font-size: 1rem; }
+.field [aria-invalid] { border-color: var(--red); }
 legend { padding: 1rem 0 0.5rem; font-weight: 600; }
-[name] .item {
-  display: grid; grid: auto / repeat(auto-fill, minmax(min(10rem, 100%), 1fr)); gap: 0 0.75rem;
-  position: relative; margin-bottom: 0.5rem; padding: 0 3rem 0.75rem 0.75rem;
-  border: thin solid var(--line); border-radius: 10px;
+[name] > .item {
+  display: grid; grid: auto / repeat(auto-fit, minmax(11rem, 1fr)); gap: 0 0.75rem;
+  position: relative; margin-bottom: 0.5rem; padding: 0 0.75rem 0.75rem;
+  border: 1px solid var(--line); border-radius: 10px;
 }
-[data-act="drop"] { position: absolute; right: 0.25rem; top: 0.25rem; border: 0; }
-#versions { display: grid; grid: auto / auto-flow minmax(0, 1fr); gap: 1rem; }
-:has(+ #other:not(:empty))::before, #other::before { content: attr(aria-label); font-weight: 600; }
+[name=drop] { position: absolute; right: 0; height: 2rem; border: 0; }
+#versions { display: grid; grid: auto / repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem; }
+:has(+ #other:not(:empty))::before, #other::before { content: attr(aria-label); line-height: 2.5; }
 .drop { padding: 2rem 1rem; border: 2px dashed var(--edge); text-align: center; }
-#report { display: block; max-height: 14rem; overflow: auto; white-space: pre-line; }
-@media (max-width: 42rem) {
-  header label { order: 1; width: 100%; }
-  #list thead { top: 6.875rem; }
-  #list .user { grid: auto auto / auto-flow 2.5rem minmax(9rem, 1fr) minmax(0, auto); }
-  #list td { line-height: 2rem; }
-  #list td:first-child { grid-row: span 2; align-content: center; }
-  #list td:nth-child(n + 4) { text-align: right; }
-  #list th:nth-child(n + 4) { display: none; }
-}
-@media (prefers-reduced-motion: no-preference) { .changed { animation: changed 2s; } }
-@keyframes changed { from { background: color-mix(in srgb, var(--accent) 14%, Canvas); } }
+.drop #file { width: auto; max-width: 100%; margin: auto; padding: 0; border: 0; }
+#report { max-height: 14rem; margin-top: 1rem; overflow: auto; white-space: pre-line; }
 """  # noqa: E501
 
 PAGE_SCRIPT = r"""
 "use strict";
 const $ = (id) => document.getElementById(id), { base, seq } = document.body.dataset;
 const home = location.origin + base, api = `${home}/api/v2/user`;
-const body = $("rows"), search = $("search"), selected = new Map(); // users by id
-const SIZE = 100; // users a page
-let q, sort, pages, origin, total, shown, latest, stream, timer, since = seq; // the list
-let user, sent, doomed, undo; // of the form, the question, the message
+const body = $("rows"), search = $("search");
+const SIZE = 100, selected = new Map(); // users a page; users by id
+let q, sort, pages, origin, shown, latest, stream, timer, since = seq, total = 0;
+let user, key, doomed; // of the form, of the question
 const who = (users) => users[1] ? `${users.length} users` : `\u2068${users[0].name}\u2069`;
-const match = ({ version }) => ({ "If-Match": `"${version}"` });
-function show(texts) { // what stands there already is not told again
-  for (const [id, text] of Object.entries(texts))
-    if ($(id).textContent !== text) $(id).textContent = text;
+function show(node, text) { // what stands there already is not told again
+  if (node.textContent !== text) node.textContent = text;
 }
-function note(note, remedy = "Try again", act = restart) { // in the list's place
-  show({ note, remedy });
-  $("remedy").onclick = () => act();
-  if (note) body.replaceChildren();
+function say(place, text, act, label) { // a message, and what can be done about it
+  const [said, button] = $(place).children;
+  show(said, text);
+  Object.assign(button, { textContent: label, onclick: act, hidden: !act });
 }
-function done(said, back) { // a passing message, with an undo while it lasts
-  show({ said });
-  [undo, $("undo").hidden] = [back, !back];
-  if (said) setTimeout(() => $("said").textContent === said && done(""), 15000);
+function done(text, undo) { // a passing message
+  say("toast", text, undo, "Undo");
+  setTimeout(() => $("toast").firstChild.textContent === text && say("toast", ""), 15000);
   list(true);
 }
 async function call(method, url, body, headers) { // the answer; a problem has a status
@@ -4738,19 +4721,21 @@ async function call(method, url, body, headers) { // the answer; a problem has a
   const lost = { status: 503, detail: "The server did not answer. Try again." };
   return fetch(url, { method, headers, body }).then((got) => got.json()).catch(() => lost);
 }
+const change = (method, { id, version }, body) =>
+  call(method, `${api}/${id}`, body, { "If-Match": `"${version}"` });
 function why({ detail, errors = [] }) { // a problem with all its errors, a line each
-  const place = ({ line, pointer, parameter }) => parameter ?? `Line ${line}: ${pointer?.slice(2)}`;
+  const place = ({ line, pointer, parameter }) => parameter ?? `Line ${line}: ${pointer.slice(2)}`;
   return [detail, ...errors.map((each) => `${place(each)} ${each.detail}`)].join("\n");
 }
 // The list: pages follow each other by cursor; those near the view are in the document.
-const query = (more) => `${api}?${new URLSearchParams({ ...(q && { q }), sort, ...more })}`;
+const query = (more) => `${api}?${new URLSearchParams({ q, sort, ...more })}`;
 function restart() { // the address holds what is searched and how it is sorted
-  const asked = new URLSearchParams(location.search);
-  [q, sort] = [asked.get("q") ?? "", asked.get("sort") ?? "name"];
+  ({ q = "", sort = "name" } = Object.fromEntries(new URLSearchParams(location.search)));
   search.value = q;
   for (const { value, parentNode } of document.querySelectorAll("th button"))
     parentNode.ariaSort = { [value]: "ascending", [`-${value}`]: "descending" }[sort] ?? "none";
-  [pages, origin] = [[query({ limit: SIZE, count: true })], 0]; // addresses; how many were dropped
+  pages = [query({ limit: SIZE, count: true })]; // their addresses
+  origin = 0; // how many of them were dropped
   list(true);
 }
 function go(change) { // to another search or order; typing is one step of the history
@@ -4759,66 +4744,63 @@ function go(change) { // to another search or order; typing is one step of the h
   scrollTo(0, 0);
   restart();
 }
-async function list(anew) { // the pages near the view, when they are others than before
-  const tall = SIZE * (body.rows[0]?.offsetHeight ?? 48), known = pages.length - 1;
-  const first = Math.max(0, Math.min(known, Math.floor((scrollY - innerHeight) / tall)));
-  const last = Math.floor((scrollY + 2 * innerHeight) / tall), view = `${first} ${last}`;
+async function list(anew) { // the pages near the view
+  const tall = SIZE * (body.rows[0]?.offsetHeight ?? 48), rows = [];
+  const last = Math.floor((scrollY + 2 * innerHeight) / tall);
+  const first = Math.max(0, Math.min(last - 2, pages.length - 1));
   if (origin && !scrollY) return restart();
-  if (first > 4000) { // browsers lay out 33 million pixels: drop what is far above
-    [pages, origin] = [pages.slice(2000), origin + 2000];
-    return scrollBy(0, -2000 * tall);
+  if (first * tall > 1e7) { // more may not be laid out: drop what is far above
+    origin += pages.splice(0, 1000).length;
+    return scrollBy(0, -1000 * tall);
   }
-  if (view === shown && !anew) return;
-  const rows = (latest = []);
-  [shown, timer] = [view, null];
+  if (last === shown && !anew) return;
+  [latest, shown, timer] = [rows, last, null];
   let n = first;
   for (; n <= last && n < pages.length; n++) {
     const got = await call("GET", pages[n]);
     if (rows !== latest) return; // the answer to an older question never wins
-    if (got.status) return note(why(got));
+    if (got.status) return paint([], 0, why(got));
     rows.push(...got.results.map(row));
     total = got.total ?? total; // as of the first page
     if (got.next) pages[n + 1] = location.origin + got.next.replace("&count=true", "");
     else pages.length = n + 1;
   }
-  $("list").style.marginBlock = `${first * tall}px ${(pages.length - n) * tall}px`;
+  body.style.paddingBlock = `${first * tall}px ${(pages.length - n) * tall}px`;
   paint(rows, (origin + first) * SIZE + 2);
 }
-function paint(rows, index) {
+function paint(rows, index, fault = "") {
   const active = document.activeElement;
   body.replaceChildren(...rows);
   active.focus({ preventScroll: true }); // who had it keeps it
   rows.forEach((tr, n) => (tr.ariaRowIndex = index + n));
   $("list").ariaRowCount = total + 1;
-  show({ count: total.toLocaleString() + (q ? " found" : "") });
   choose([]);
-  if (total) note("");
-  else if (q) note(`No name or mail holds “${q}”.`, "Show all", () => go({ q: "" }));
-  else note("No users yet. Add the first, or drop a CSV or NDJSON file here.", "New user", edit);
-  if (stream?.readyState === EventSource.CLOSED) follow();
+  if (fault || total) say("state", fault, fault && restart, "Try again");
+  else if (q) say("state", `No name or mail holds “${q}”.`, () => go({ q: "" }), "Show all");
+  else say("state", "No users yet. Add one, or drop a file here.", acts.create, "New user");
+  if (!(stream?.readyState < EventSource.CLOSED)) follow();
 }
 function row(user) {
   const tr = $(`user-${user.id}`) ?? $("row").content.firstElementChild.cloneNode(true);
   if (tr.user?.version === user.version) return tr;
-  const join = (list, name) => list.map((each) => each[name]).filter(Boolean).join(", ");
-  const texts = [user.name, user.mail, join(user.phone, "number"), join(user.address, "city")];
-  tr.querySelectorAll("[dir]").forEach((cell, n) => (cell.textContent = texts[n]));
+  const texts = [user.name, user.phone[0]?.number, user.mail, user.address[0]?.city];
+  tr.querySelectorAll("[dir]").forEach((cell, n) => (cell.textContent = texts[n] ?? ""));
   tr.querySelector("input").ariaLabel = `Select ${user.name}`;
-  tr.classList.toggle("changed", Boolean(tr.user));
   if (selected.has(user.id)) selected.set(user.id, user);
   return Object.assign(tr, { user, id: `user-${user.id}` });
 }
-function choose(users, on) { // select or unselect these, and show what is selected
+function choose(users, on) { // select these, or unselect
   for (const one of users) selected[on ? "set" : "delete"](one.id, one);
-  const boxes = [...body.querySelectorAll("input")], some = selected.size > 0;
-  const what = `${some ? `${api}?id=${[...selected.keys()]}` : query()}&format=`;
-  for (const a of document.querySelectorAll("[download]")) a.href = what + a.download.slice(6);
-  for (const box of boxes) box.checked = selected.has(box.closest("tr").user.id);
-  $("all").checked = some && boxes.every((box) => box.checked);
-  $("bulk").hidden = !some;
-  show({ chosen: `${selected.size} selected` });
+  const some = selected.size > 0;
+  const what = some ? `${api}?id=${[...selected.keys()]}` : query();
+  show($("count"), some ? `${selected.size} selected` : total.toLocaleString());
+  [$("bulk").hidden, $("new").hidden] = [!some, some];
+  for (const tr of body.rows) tr.querySelector("input").checked = selected.has(tr.user.id);
+  $("all").checked = some && !body.querySelector("input:not(:checked)");
+  for (const a of document.querySelectorAll("[download]"))
+    a.href = `${what}&format=${a.download.slice(6)}`;
 }
-function follow() { // what others change
+function follow() { // what others change; not in hidden tabs, as connections are few
   stream = new EventSource(`${home}/api/changes?since=${since}`);
   stream.onmessage = ({ data }) => {
     const { seq, op, user } = JSON.parse(data);
@@ -4845,23 +4827,22 @@ function read(node) {
   return item;
 }
 function edit(one) {
-  [user, sent, $("delete").hidden] = [one, {}, !one];
+  [user, key, $("delete").hidden] = [one, Math.random(), !one];
+  [$("title").textContent, $("error").textContent] = [one?.name ?? "New user", ""];
   $("fields").replaceChildren(sheet("user", one));
   $("other").replaceChildren();
-  show({ "form-title": one?.name ?? "New user", "form-error": "" });
   $("form").showModal();
 }
 async function save(event) {
   event.preventDefault();
-  const item = read($("fields").firstChild), old = user ? read(sheet("user", user)) : {};
+  const item = read($("fields").firstChild), old = read(sheet("user", user));
   for (const name in old) // what was not changed is not sent, and need not be valid
     if (JSON.stringify(item[name]) === JSON.stringify(old[name])) delete item[name];
   const content = JSON.stringify({ item });
-  if (sent.content !== content) sent = { content, key: `${Date.now()}-${Math.random()}` };
   const got = user
-    ? await call("PATCH", `${api}/${user.id}`, content, match(user))
-    : await call("POST", api, content, { "Idempotency-Key": sent.key });
-  if (got.status === 404) [user, got.detail] = [null, "This user was deleted. Save it anew?"];
+    ? await change("PATCH", user, content)
+    : await call("POST", api, content, { "Idempotency-Key": key });
+  if (got.status === 404) [user, got.detail] = [undefined, "It was deleted. Save it anew?"];
   if (got.status === 412) return clash();
   if (got.status) return blame(got);
   $("form").close();
@@ -4875,7 +4856,7 @@ async function clash() { // someone was faster: what they saved is shown beside
   blame({ detail: "Someone else saved first. Save yours, or cancel and keep theirs." });
 }
 function blame({ detail, errors = [] }) { // each error stands at what its pointer names
-  show({ "form-error": detail });
+  $("error").textContent = detail;
   for (const node of $("fields").querySelectorAll(".error, input"))
     [node.textContent, node.ariaInvalid] = ["", null];
   for (const { pointer, detail } of errors) {
@@ -4887,38 +4868,19 @@ function blame({ detail, errors = [] }) { // each error stands at what its point
   }
   $("fields").querySelector("[aria-invalid]")?.focus();
 }
-// Several at once: delete and bring back, import.
-function remove(users) {
-  doomed = users;
-  show({ "ask-title": `Delete ${who(users)}?` });
-  $("ask").showModal();
-}
-async function erase() {
-  $("form").close();
-  const erased = (one) => call("DELETE", `${api}/${one.id}`, null, match(one));
-  const told = await Promise.all(doomed.map(erased)), fault = told.find((got) => got.status);
-  const gone = doomed.filter((_, n) => !told[n].status);
-  const text = fault ? `Not deleted: ${fault.detail}. ` : "";
-  choose(gone, false);
-  done(gone[0] ? `${text}Deleted ${who(gone)}` : text, gone[0] && (() => restore(gone)));
-}
-async function restore(users) { // as lines of an import, which keep ids and times
-  done("");
+// Several at once: import, also of what was deleted, which keeps its ids and times.
+async function restore(users) {
+  say("toast", "");
   const lines = users.map((one) => JSON.stringify(one)).join("\n");
   const got = await call("POST", api, lines, { "Content-Type": "application/x-ndjson" });
   done(got.detail ?? `Restored ${who(users)}`);
 }
-function bring() { // a file
-  $("import").querySelector("form").reset();
-  $("import").showModal();
-}
 async function upload(dry, files = $("file").files) {
-  const [file] = ($("file").files = files), conflict = $("conflict").value;
+  const [file] = ($("file").files = files), url = `${api}?conflict=${$("conflict").value}`;
   if (!file) return;
-  const lines = (await file.slice(0, 99).text()).trim().startsWith("{");
-  const type = { "Content-Type": lines ? "application/x-ndjson" : "text/csv" };
+  const type = /json/i.test(file.name) ? "application/x-ndjson" : "text/csv";
   [$("progress").hidden, $("upload").disabled] = [false, true];
-  const got = await call("POST", `${api}?conflict=${conflict}&dry_run=${dry}`, file, type);
+  const got = await call("POST", `${url}&dry_run=${dry}`, file, { "Content-Type": type });
   const counts = `${got.created} new, ${got.replaced} replaced, ${got.skipped} skipped`;
   [$("progress").hidden, $("upload").disabled] = [true, Boolean(got.status)];
   $("report").value = `${file.name}\n${got.status ? why(got) : counts}`;
@@ -4926,37 +4888,41 @@ async function upload(dry, files = $("file").files) {
   $("import").close();
   done(`Imported: ${counts}`);
 }
-async function leave() { // a browser forgets its login when another fails; stop before it asks
-  const headers = { Authorization: "Basic " + btoa("logout:") };
-  await fetch(api, { method: "HEAD", headers, signal: AbortSignal.timeout(1000) }).catch(() => 0);
-  location.assign(`${home}/`);
-}
-const acts = { // of the buttons, by their data-act
-  add: ({ parentNode }) => add(parentNode).querySelector("input:not([type=number])").focus(),
+const acts = { // of the buttons, by their names
+  add: ({ parentNode }) => add(parentNode).querySelector("input").focus(),
   all: ({ checked }) => choose([...body.rows].map((tr) => tr.user), checked),
-  bring,
+  bring: () => $("import").showModal(),
   close: () => $("form").close(),
   create: () => edit(),
-  delete: () => remove([user]),
   drop: ({ parentNode }) => parentNode.remove(),
-  erase,
-  leave,
-  remove: () => remove([...selected.values()]),
+  leave: () => location.assign(home.replace("//", "//logout:@")), // a wrong login replaces it
   sort: ({ value }) => go({ sort: sort === value ? `-${value}` : value }),
-  undo: () => undo?.(),
-  unselect: () => choose([...selected.values()], false),
+  unselect: () => choose(selected.values(), false),
   upload: () => upload(false),
+  remove() { // the user of the form, or all who are selected
+    doomed = $("form").open ? [user] : [...selected.values()];
+    $("ask-title").textContent = `Delete ${who(doomed)}?`;
+    $("ask").showModal();
+  },
+  async erase() {
+    $("form").close();
+    const told = await Promise.all(doomed.map((one) => change("DELETE", one)));
+    const gone = doomed.filter((_, n) => !told[n].status), fault = told.find((got) => got.status);
+    const text = fault ? `Not all deleted: ${fault.detail}` : `Deleted ${who(gone)}`;
+    choose(gone, false);
+    done(text, gone[0] && (() => restore(gone)));
+  },
 };
 document.onclick = ({ target }) => {
-  const tr = target.closest(".user"), button = target.closest("[data-act]");
+  const tr = target.closest(".user"), button = target.closest("button[name], #all");
   target.closest("#menu")?.hidePopover(); // first: the focus goes back
-  if (button) acts[button.dataset.act](button);
+  if (button) acts[button.name](button);
   else if (tr && target.matches("input")) choose([tr.user], target.checked);
   else if (tr && !String(getSelection())) edit(tr.user);
 };
 document.onkeydown = (event) => { // keys act where no text is typed; the menu shows them
   const button = document.querySelector(`[aria-keyshortcuts="${CSS.escape(event.key)}"]`);
-  const busy = event.target === search || document.querySelector("dialog[open], :popover-open");
+  const busy = event.target === search || document.querySelector(":modal, :popover-open");
   if (!button || busy || event.ctrlKey || event.metaKey || event.altKey) return;
   event.preventDefault();
   button.click();
@@ -4964,81 +4930,70 @@ document.onkeydown = (event) => { // keys act where no text is typed; the menu s
 document.ondragover = document.ondrop = (event) => {
   if (!event.dataTransfer.types.includes("Files")) return;
   event.preventDefault();
-  if (!document.querySelector("dialog[open]")) bring();
-  if (event.type === "drop" && $("import").open) upload(true, event.dataTransfer.files);
+  if (!$("import").open) acts.bring();
+  if (event.type === "drop") upload(true, event.dataTransfer.files);
 };
 search.oninput = () => // once it has not changed for a while
   setTimeout((text) => search.value === text && q !== text && go({ q: text }), 150, search.value);
 $("form").onsubmit = save;
+$("import").onclose = ({ target }) => target.firstChild.reset();
 $("file").onchange = $("conflict").onchange = () => upload(true);
-onscroll = () => requestAnimationFrame(() => list());
+onscroll = () => list();
 onpopstate = restart;
-// a browser has six connections to a server, for all of its tabs
-document.onvisibilitychange = () => (document.hidden ? stream.close() : follow());
+document.onvisibilitychange = () => (document.hidden ? stream?.close() : list(true));
 restart();
-follow();
 """  # noqa: E501
 
 PAGE_HTML = r"""
 <header><h1>Users</h1> <span id="count" role="status"></span>
-  <label aria-keyshortcuts="/"><input id="search" type="search" autocomplete="off"
-    placeholder="Search name or mail" aria-label="Search"></label>
+  <span id="bulk" hidden><button class="danger write" name="remove">Delete…</button>
+    <button name="unselect" aria-keyshortcuts="Escape" aria-label="Unselect">×</button></span>
   <button id="more" popovertarget="menu" aria-keyshortcuts="?" aria-label="More">···</button>
-  <button id="new" class="primary write" data-act="create" aria-keyshortcuts="n">New user</button>
+  <button id="new" class="primary write" name="create" aria-keyshortcuts="n">New user</button>
+  <label aria-keyshortcuts="/"><input id="search" type="search"
+    placeholder="Search name or mail" aria-label="Search"></label>
 </header>
 <nav id="menu" popover aria-label="More">
-  <button class="write" data-act="bring" aria-keyshortcuts="i" autofocus>Import…</button>
-  <a download="users.csv">Export as CSV</a>
-  <a download="users.ndjson">Export as NDJSON</a>
-  <a href="$prefix/docs">API reference</a> <button id="leave" data-act="leave">Log out</button>
+  <button class="write" name="bring" aria-keyshortcuts="i" autofocus>Import…</button>
+  <a download="users.csv">Export as CSV</a> <a download="users.ndjson">Export as NDJSON</a>
+  <a href="$prefix/docs">API reference</a> <button id="leave" name="leave">Log out</button>
   <p>Keys, where no text is typed: <kbd>/</kbd> search, <kbd>n</kbd> new user, <kbd>i</kbd>
     import, <kbd>u</kbd> undo, <kbd>Esc</kbd> unselect, <kbd>?</kbd> this menu</p>
 </nav>
 <main>
-  <noscript><p>This page needs JavaScript. Without it: <code>curl …/api/user</code></p></noscript>
-  <table id="list" role="table" aria-label="Users"><thead role="rowgroup"><tr role="row">
-    <th role="columnheader"><input id="all" type="checkbox" data-act="all" aria-label="Select all">
-    <th role="columnheader"><button data-act="sort" value="name">Name</button>
-    <th role="columnheader"><button data-act="sort" value="mail">Mail</button>
-    <th role="columnheader">Phone<th role="columnheader">City
-  </thead><tbody id="rows" role="rowgroup"></tbody></table>
-  <section id="state" role="status"><p id="note"></p><button id="remedy"></button></section>
+  <noscript><p>This page needs JavaScript. The API does not.</p></noscript>
+  <table id="list" aria-label="Users"><thead><tr>
+    <th><input id="all" type="checkbox" name="all" aria-label="Select all">
+    <th><button name="sort" value="name">Name</button><th>Phone
+    <th><button name="sort" value="mail">Mail</button><th>City
+  </thead><tbody id="rows"></tbody></table>
+  <section id="state" role="status"><p></p><button hidden></button></section>
 </main>
-<div id="float">
-  <div id="toast" role="status"><span id="said"></span>
-    <button id="undo" data-act="undo" aria-keyshortcuts="u" hidden>Undo</button></div>
-  <section id="bulk" aria-label="Selected users" hidden><b id="chosen" role="status"></b>
-    <a download="users.csv">CSV</a> <a download="users.ndjson">NDJSON</a>
-    <button class="danger write" data-act="remove">Delete…</button>
-    <button data-act="unselect" aria-keyshortcuts="Escape" aria-label="Unselect all">×</button>
-  </section>
-</div>
-<dialog id="form" aria-labelledby="form-title"><form novalidate>
-  <h2 id="form-title" dir="auto"></h2>
-  <div id="versions"><div id="fields" role="group" aria-label="Yours"></div>
+<div id="toast" role="status"><p></p><button aria-keyshortcuts="u" hidden>Undo</button></div>
+<dialog id="form" aria-labelledby="title"><form novalidate>
+  <h2 id="title" dir="auto"></h2>
+  <div id="versions"><fieldset id="fields" aria-label="Yours"></fieldset>
     <fieldset id="other" aria-label="Theirs" disabled></fieldset></div>
-  <footer><p id="form-error" class="error" role="alert"></p>
-    <button id="delete" type="button" class="danger write" data-act="delete">Delete…</button>
-    <button type="button" data-act="close">Cancel</button>
+  <footer><p id="error" class="error" role="alert"></p>
+    <button id="delete" type="button" class="danger write" name="remove">Delete…</button>
+    <button type="button" name="close">Cancel</button>
     <button class="primary write">Save</button></footer>
 </form></dialog>
-<dialog id="import" aria-labelledby="import-title"><form method="dialog">
-  <h2 id="import-title">Import users</h2>
+<dialog id="import" aria-label="Import users"><form method="dialog"><h2>Import users</h2>
   <label class="field drop">Drop a CSV or NDJSON file here, or choose one
     <input id="file" type="file" accept=".csv,.ndjson,.jsonl,.json"></label>
   <label class="field">When an id is taken<select id="conflict">
-    <option value="fail">refuse the file<option value="skip">keep the user that is here
-    <option value="replace">take the file's user</select></label>
+    <option value="fail">refuse the file<option value="skip">keep the old user
+    <option value="replace">take the new user</select></label>
   <progress id="progress" aria-label="Progress" hidden></progress><output id="report"></output>
   <footer><button>Close</button>
-    <button id="upload" type="button" class="primary" data-act="upload">Import</button></footer>
+    <button id="upload" type="button" class="primary" name="upload">Import</button></footer>
 </form></dialog>
 <dialog id="ask" aria-labelledby="ask-title"><form method="dialog"><h2 id="ask-title"></h2>
-  <footer><button>Cancel</button> <button class="danger" data-act="erase">Delete</button></footer>
+  <footer><button>Cancel</button> <button class="danger" name="erase">Delete</button></footer>
 </form></dialog>
-<template id="row"><tr class="user" role="row">
-  <td role="cell"><input type="checkbox"><td role="cell"><button dir="auto"></button>
-  <td role="cell" dir="auto"><td role="cell" dir="auto"><td role="cell" dir="auto"></template>
+<template id="row"><tr class="user"><td><input type="checkbox"><td><button dir="auto"></button>
+  <td dir="auto"><td dir="auto"><td dir="auto"></template>
 $sheets
 """  # noqa: E501
 
@@ -5065,12 +5020,12 @@ FORM_FIELD = (
 )
 FORM_LIST = (
     '<fieldset name="{name}"><legend>{title}</legend><small class="error"></small>'
-    '<button type="button" data-act="add">Add {name}</button></fieldset>'
+    '<button type="button" name="add">Add {name}</button></fieldset>'
 )
 FORM_SHEET = '<template id="{name}"><div class="item">{inner}</div></template>'
 FORM_ROW = (
-    '<label hidden><input name="id" type="number"></label>{inner}<small class="error">'
-    '</small><button type="button" data-act="drop" aria-label="Remove this {name}">×'
+    '{inner}<label hidden><input name="id" type="number"></label><small class="error">'
+    '</small><button type="button" name="drop" aria-label="Remove this {name}">×'
     "</button>"
 )
 
@@ -5097,7 +5052,6 @@ def page(prefix: str, seq: int, actor: str | None, write: bool) -> tuple[str, st
         PAGE_STYLE,
         PAGE_SCRIPT,
         title="Users",
-        about="The users of this server: find, add, edit, import, export",
         attributes=f'data-base="{path}" data-seq="{seq}" class="{kinds}"',
         body=body,
     )
@@ -5106,20 +5060,21 @@ def page(prefix: str, seq: int, actor: str | None, write: bool) -> tuple[str, st
 DOCS_STYLE = r"""
 body { display: grid; grid-template-columns: 16rem minmax(0, 1fr); gap: 3rem; }
 nav { position: sticky; top: 0; height: 100dvh; overflow: auto; padding: 2rem 0.25rem; }
-nav a { display: block; font-size: 0.8125rem; text-decoration: none; }
+nav a { display: block; font-size: 0.8125rem; }
 main { padding: 2rem 0; }
-article { padding: 1.5rem 0; border-top: thin solid var(--line); }
+article { padding: 1.5rem 0; border-top: 1px solid var(--line); }
+p { margin: 0.75rem 0; }
 form { display: grid; grid: auto / repeat(auto-fill, minmax(16rem, 1fr)); gap: 0 1rem; }
 form > :not(label) { grid-column: 1 / -1; justify-self: start; margin-top: 0.75rem; }
 b, code, pre, output, textarea { font: 0.8125rem/1.6 ui-monospace, monospace; }
 b { color: var(--accent); font-weight: 600; }
 pre, output:not(:empty), textarea {
   display: block; width: 100%; margin: 0.5rem 0; padding: 0.75rem 1rem;
-  border: thin solid var(--edge); border-radius: 8px; white-space: pre-wrap;
+  border: 1px solid var(--edge); border-radius: 8px; white-space: pre-wrap;
 }
 @media (max-width: 60rem) {
   body { display: block; }
-  nav { position: static; height: 14rem; border-bottom: thin solid var(--line); }
+  nav { position: static; height: 14rem; border-bottom: 1px solid var(--line); }
 }
 """
 
@@ -5194,7 +5149,6 @@ def reference(prefix: str) -> tuple[str, str]:
         PAGE_STYLE + DOCS_STYLE,
         DOCS_SCRIPT,
         title="API reference",
-        about="Every operation of this server's API, to read and to try",
         attributes="",
         body=string.Template(DOCS_HTML).substitute(parts),
     )

@@ -398,7 +398,7 @@ def test_the_list_scrolls_to_its_end_and_back_in_a_bounded_document(serve, visit
 
 
 def test_the_list_goes_on_past_what_a_browser_can_lay_out(serve, visit):
-    """Some 33 million pixels, 700,000 users: what is far above is given up then."""
+    """Some millions of pixels: what is far above is given up then."""
     server = serve()
     server.add(*many(1000))
     page = visit(server.url)
@@ -742,8 +742,8 @@ def test_several_selected_are_deleted_and_brought_back(server, visit):
     page = visit(server.url)
     before = server.users("?id=2,4,6")
     select(page, "Zoë Ångström", "Ada Lovelace", "Grace Hopper")
-    bulk = page.get_by_role("region", name=re.compile("Select"))
-    expect(bulk).to_contain_text("3 selected")
+    bulk = page.locator("#bulk")
+    expect(page.locator("#count")).to_have_text("3 selected")
     bulk.get_by_role("button", name="Delete").click()
     ask = page.locator("#ask")
     expect(ask).to_contain_text("3 users")
@@ -765,7 +765,7 @@ def test_all_shown_are_selected_by_one_box(server, visit):
     page = visit(server.url)
     box = page.get_by_role("checkbox", name="Select all")
     box.check()
-    expect(page.locator("#bulk")).to_contain_text("12 selected")
+    expect(page.locator("#count")).to_have_text("12 selected")
     page.get_by_role("checkbox", name="Select Ada Lovelace").uncheck()
     expect(box).not_to_be_checked()
     page.keyboard.press("Escape")
@@ -778,7 +778,7 @@ def test_a_selection_outlives_a_search(server, visit):
     page.get_by_role("searchbox").fill("zoë")
     wait_for_names(page, ["Zoë Ångström"])
     select(page, "Zoë Ångström")
-    expect(page.locator("#bulk")).to_contain_text("2 selected")
+    expect(page.locator("#count")).to_have_text("2 selected")
     page.get_by_role("searchbox").fill("")
     expect(page.get_by_role("checkbox", name="Select Ada Lovelace")).to_be_checked()
 
@@ -787,8 +787,9 @@ def test_a_selection_outlives_a_search(server, visit):
 def test_exporting_the_selected(server, visit, form):
     page = visit(server.url)
     select(page, "Zoë Ångström", "Ada Lovelace")
+    page.get_by_role("button", name="More").click()
     with page.expect_download() as download:
-        page.locator("#bulk").get_by_role("link", name=form, exact=True).click()
+        page.get_by_role("link", name=form).click()
     text = Path(download.value.path()).read_text(encoding="utf-8")
     assert download.value.suggested_filename.endswith(form.lower())
     if form == "CSV":
@@ -874,12 +875,12 @@ def test_importing_shows_its_progress(server, visit):
 
 def test_what_others_do_shows_without_a_reload(server, visit):
     page = visit(server.url)
-    select(page, "Zoë Ångström")
     server.patch(4, name="Ada King")
     expect(page.get_by_role("button", name="Ada King")).to_be_visible()
     server.add(person("Marie Curie", "marie@example.org"))
     expect(page.get_by_role("button", name="Marie Curie")).to_be_visible()
-    expect(page.locator("#count")).to_have_text(re.compile(r"^13\b"))
+    expect(page.locator("#count")).to_have_text("13")
+    select(page, "Zoë Ångström")
     server.call("DELETE", "/api/v2/user/2")
     expect(page.get_by_role("button", name="Zoë Ångström")).to_have_count(0)
     expect(page.locator("#bulk")).to_be_hidden()
@@ -947,7 +948,7 @@ def test_everything_by_keyboard_alone(server, visit):
     page.get_by_role("columnheader", name="Mail").get_by_role("button").focus()
     press("Tab")
     press("Space")
-    expect(page.locator("#bulk")).to_contain_text("1 selected")
+    expect(page.locator("#count")).to_have_text("1 selected")
     press("Escape")
     expect(page.locator("#bulk")).to_be_hidden()
     press("Tab")
@@ -1054,7 +1055,7 @@ def test_a_screen_reader_finds_a_table_and_is_told_of_changes(server, visit):
     expect(table.get_by_role("columnheader")).to_have_count(5)
     expect(table.get_by_role("row")).to_have_count(13)
     expect(table).to_have_attribute("aria-rowcount", "13")
-    for region in ("count", "toast", "state", "chosen"):
+    for region in ("count", "toast", "state"):
         expect(page.locator(f"#{region}")).to_have_attribute("role", "status")
     labels = page.locator("button, input, select, a").evaluate_all(
         "(all) => all.filter((each) => !(each.ariaLabel || each.innerText"
