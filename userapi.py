@@ -2748,6 +2748,11 @@ CSV_MEMBERS = tuple(field.name for field in USER.fields if field.csv)
 Body = Union[bytes, Iterator[bytes]]  # an iterator is streamed
 
 
+def members_in(media: str, view: str) -> tuple[str, ...]:
+    """The members of a user in a format: CSV has its own, whatever the view."""
+    return CSV_MEMBERS if media == CSV else VIEWS[view]
+
+
 class Answer(NamedTuple):
     """What an operation answers."""
 
@@ -2919,7 +2924,7 @@ class Call:
         """The members to show: those of `fields`, else the view's, or CSV's columns."""
         names = self.params.get("fields")
         if names is None:
-            return CSV_MEMBERS if self.media == CSV else self.members
+            return members_in(self.media, self.view)
         if not set(names) <= set(self.members):
             raise bad_query(("fields", f"takes {', '.join(self.members)}"))
         return tuple(name for name in self.members if name in names)
@@ -3084,15 +3089,15 @@ MAX_LINE = 8 << 20  # bytes of an import's line, more than any user's
 
 
 def read_lines(file: Any) -> Iterator[bytes]:
-    """The lines of a file; of one longer than any user's, pieces that are none."""
-    return iter(functools.partial(file.readline, MAX_LINE), b"")
+    """A file's lines, without a BOM; of one longer than any user's, pieces that are
+    none."""
+    lines = iter(functools.partial(file.readline, MAX_LINE), b"")
+    return itertools.chain([next(lines, b"").removeprefix(BOM)], lines)
 
 
 def ndjson_entries(file: Any) -> Iterator[Entry]:
     """The items of NDJSON with their lines; a line that is no JSON is a fault."""
     for number, line in enumerate(read_lines(file), 1):
-        if number == 1:
-            line = line.removeprefix(BOM)
         if line.strip():
             try:
                 yield Place("#", number), load_json(line.strip(b" \t\r\n"))
@@ -3108,9 +3113,7 @@ def read_csv(file: Any) -> Iterator[Columns | list[Entry]]:
     """The items of CSV (RFC 4180) with their physical lines; the header is line 1."""
     import csv
 
-    lines = read_lines(file)
-    lines = itertools.chain([next(lines, b"").removeprefix(BOM)], lines)
-    reader = csv.reader(map(bytes.decode, lines), strict=True)
+    reader = csv.reader(map(bytes.decode, read_lines(file)), strict=True)
     first = take_rows(reader, 1)
     while first == [[]]:  # a blank line
         first = take_rows(reader, 1)
@@ -3217,9 +3220,13 @@ def import_users(
             watch(count)
             yield batch
 
-    members = VIEWS[view] if media == NDJSON else CSV_MEMBERS
     saving = Saving(
-        store, "create", members, conflict=conflict, keeps=keeps, most=IMPORT_FAULTS
+        store,
+        "create",
+        members_in(media, view),
+        conflict=conflict,
+        keeps=keeps,
+        most=IMPORT_FAULTS,
     )
     saved = saving.save(watched())
     return {name: len(ids) for name, ids in zip(Saved._fields, saved)}
@@ -6321,7 +6328,7 @@ def run_export(given: Item) -> None:
             f"say with --format which of {', '.join(FORMATS)} it is to be"
         )
     media = FORMATS.get(end, NDJSON)
-    members = CSV_MEMBERS if media == CSV else VIEWS["v2"]
+    members = members_in(media, "v2")
     with open_given(given) as store, Progress("rows") as progress:
         total = store.count_users()
 
