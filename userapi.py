@@ -6231,7 +6231,7 @@ def flush_output() -> None:
         raise
 
 
-def run_serve(given: Item) -> None:
+def run_serve(**given: Any) -> None:
     settings = Settings(given)
     if not settings.token and is_missing(settings.db):
         refuse_exposed(settings)  # before a database is made
@@ -6241,14 +6241,16 @@ def run_serve(given: Item) -> None:
         flush_output()
 
 
-def open_given(given: Item, makes: bool = False) -> contextlib.closing[Store]:
-    """The store that a command works on. Raises Problem 404 where there is none, unless
-    the command makes it."""
-    settings = Settings({name: given[name] for name in STORE_SETTINGS})
+def open_given(
+    given: Item, makes: bool = False, keeps: bool = True
+) -> contextlib.closing[Store]:
+    """The store that a command works on. Where it is missing, it `makes` one (in memory
+    if it keeps nothing), or it is a Problem 404."""
+    settings = Settings(given)
     if is_missing(settings.db):
         if not makes:
             raise Problem(404, f"{settings.db}: there is no such database")
-        if given.get("dry_run"):
+        if not keeps:
             settings.update({"db": ":memory:"})
     return contextlib.closing(open_store(settings))
 
@@ -6285,62 +6287,60 @@ def open_file(path: str, mode: str) -> Any:
     return open(standard if path == "-" else path, mode, closefd=path != "-")
 
 
-def run_import(given: Item) -> None:
+#: what an import keeps of new users: who moves a database moves its ETags
+MOVED = ("created", "updated", "version")
+
+
+def run_import(
+    file: str, format: str | None, conflict: str, dry_run: bool, **given: Any
+) -> None:
     """Read users out of a file, all of them or none, with the positions of faults."""
-    path = given["file"]
-    with open_file(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        media = FORMATS[given["format"] or guess_format(file, path)]
-        with open_given(given, makes=True) as store, Progress("rows") as progress:
+    with open_file(file, "rb") as source:
+        size = os.fstat(source.fileno()).st_size
+        media = FORMATS[format or guess_format(source, file)]
+        with open_given(given, True, not dry_run) as store, Progress("rows") as bar:
 
             def watch(count: int) -> None:
-                progress.show(count, file.tell() / size if size else 0.0)
+                bar.show(count, source.tell() / size if size else 0.0)
 
             store.do_without_log()
-            with store.transaction(keep=not given["dry_run"]):
+            with store.transaction(keep=not dry_run):
                 counts = import_users(
-                    store,
-                    file,
-                    media,
-                    watch,
-                    conflict=given["conflict"],
-                    # who moves a database moves its ETags
-                    keeps=("created", "updated", "version"),
+                    store, source, media, watch, conflict=conflict, keeps=MOVED
                 )
     print(", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
-def guess_format(file: Any, path: str) -> str:
+def guess_format(source: Any, path: str) -> str:
     """What an import's file holds, by the end of its name, else by how it begins."""
     end = path.rpartition(".")[2].lower()
     if end in ("csv", "ndjson"):
         return end
-    begins = file.peek(1024).removeprefix(BOM).lstrip()
+    begins = source.peek(1024).removeprefix(BOM).lstrip()
     return "ndjson" if begins.startswith(b"{") else "csv"
 
 
-def run_export(given: Item) -> None:
+def run_export(file: str, format: str | None, **given: Any) -> None:
     """Write all users."""
-    path = given["file"]
-    end = given["format"] or path.rpartition(".")[2].lower()
-    if end not in FORMATS and path != "-":
+    end = format or file.rpartition(".")[2].lower()
+    if end not in FORMATS and file != "-":
         raise SettingError(
             f"say with --format which of {', '.join(FORMATS)} it is to be"
         )
     media = FORMATS.get(end, NDJSON)
     members = members_in(media, "v2")
-    with open_given(given) as store, Progress("rows") as progress:
+    with open_given(given) as store, Progress("rows") as bar:
         total = store.count_users()
 
         def watched(pages: Iterable[Page]) -> Iterator[Page]:
             done = 0
             for page in pages:
                 done += page.size
-                progress.show(done, done / max(total, 1))
+                bar.show(done, done / max(total, 1))
                 yield page
 
         pages = watched(read_pages(store, media, members, Query()))
-        write_file(path, CHUNKS[media](pages, members, ""))
+        write_file(file, CHUNKS[media](pages, members, ""))
 
 
 def write_file(path: str, chunks: Iterable[bytes]) -> None:
@@ -6351,14 +6351,12 @@ def write_file(path: str, chunks: Iterable[bytes]) -> None:
         file.writelines(chunks)
 
 
-def run_backup(given: Item) -> None:
-    with open_given(given) as store, Progress("pages") as progress:
-        store.backup(
-            given["file"], lambda done, total: progress.show(done, done / total)
-        )
+def run_backup(file: str, **given: Any) -> None:
+    with open_given(given) as store, Progress("pages") as bar:
+        store.backup(file, lambda done, total: bar.show(done, done / total))
 
 
-def run_check(given: Item) -> int:
+def run_check(**given: Any) -> int:
     with open_given(given) as store:
         faults = store.check()
         for fault in faults:
@@ -6368,16 +6366,15 @@ def run_check(given: Item) -> int:
     return 1 if faults else 0
 
 
-def run_token(given: Item) -> None:
+def run_token(action: str, name: str, read_only: bool, **given: Any) -> None:
     """Add, list or revoke named tokens; a token is shown this once."""
-    action, name = given["action"], given["name"]
     if action != "list" and not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name):
         raise SettingError("a token's name is 1 to 64 of A-Z a-z 0-9 . _ @ -")
     if action == "add" and name == "admin":
         raise SettingError("admin is what the setting's own token is called")
     with open_given(given, makes=action == "add") as store:
         if action == "add":
-            print(store.add_token(name, "read-only" if given["read_only"] else "admin"))
+            print(store.add_token(name, "read-only" if read_only else "admin"))
         elif action == "revoke":
             store.revoke_token(name)
         else:
@@ -6394,10 +6391,11 @@ STORE_SETTINGS = ("db", "unique_mail", "keep_changes")
 
 
 class Command(NamedTuple):
-    """A command: what it does, the arguments of its own, and the settings it takes."""
+    """A command: what runs it, the arguments of its own, and the settings it takes; as
+    keywords they are what `run` is called with."""
 
     help: str
-    run: Callable[[Item], int | None]
+    run: Callable[..., int | None]
     arguments: dict[str, Item] = {}
     settings: tuple[str, ...] = STORE_SETTINGS
 
@@ -6424,9 +6422,9 @@ COMMANDS = {
         "--read-only": {"action": "store_true"},
     }),
     "openapi": Command("print the OpenAPI document",
-        lambda given: print_document(openapi())),
+        lambda **_: print_document(openapi())),
     "postman": Command("print the Postman collection",
-        lambda given: print_document(postman())),
+        lambda **_: print_document(postman())),
 }  # fmt: skip
 
 
@@ -6468,7 +6466,7 @@ def run_arguments(arguments: list[str]) -> int:
         raise SettingError("a token is no flag: set USERAPI_TOKEN or --token-file")
     try:
         given = vars(build_parser().parse_args(arguments))
-        return COMMANDS[given.pop("command")].run(given) or 0
+        return COMMANDS[given.pop("command")].run(**given) or 0
     except SystemExit as end:  # argparse has told what it had to
         return int(end.code or 0)
     finally:
