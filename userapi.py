@@ -242,7 +242,7 @@ def reason(fault: Exception) -> str:
 #: status: (title of RFC 9110, when it is answered)
 PROBLEMS = {
     400: ("Bad Request", "bad HTTP, JSON, UTF-8 or query"),
-    401: ("Unauthorized", "no token, or a wrong one"),
+    401: ("Unauthorized", "no token, or a wrong one; see WWW-Authenticate"),
     403: ("Forbidden", "wrong role, cross-site, or a foreign Host"),
     404: ("Not Found", "there is nothing at this URI"),
     405: ("Method Not Allowed", "the resource does not have this method; see Allow"),
@@ -254,7 +254,7 @@ PROBLEMS = {
     412: ("Precondition Failed", "someone was faster; read the user again"),
     413: ("Content Too Large", "the body or its number of items is over the limit"),
     414: ("URI Too Long", "the request line is over the limit"),
-    415: ("Unsupported Media Type", "not a media type that this operation takes"),
+    415: ("Unsupported Media Type", "no media type that is taken here; see Accept"),
     417: ("Expectation Failed", "an Expect other than 100-continue"),
     422: ("Unprocessable Content", "members are not valid; errors lists them all"),
     428: ("Precondition Required", "this server wants If-Match"),
@@ -264,7 +264,7 @@ PROBLEMS = {
     501: ("Not Implemented", "an unknown transfer coding"),
     503: ("Service Unavailable", "busy or read-only; see Retry-After"),
     505: ("HTTP Version Not Supported", "neither HTTP/1.1 nor HTTP/1.0"),
-    507: ("Insufficient Storage", "no room on the disk"),
+    507: ("Insufficient Storage", "no room on the disk; see Retry-After"),
 }
 STATUS = {200: "200 OK", 201: "201 Created", 204: "204 No Content"}
 STATUS[304] = "304 Not Modified"
@@ -4175,10 +4175,10 @@ def has_surrogates(text: str) -> bool:
 
 # ── Contract ──────────────────────────────────────────────────────────────────────
 
-#: statuses that any operation can answer, beside those that follow from what it is
-ANYWHERE = (400, 403, 406, 408, 414, 417, 431, 500, 501, 503, 505)
-PROBLEM_HEADERS = {401: ["WWW-Authenticate"], 405: ["Allow"], 415: ["Accept"]}
-PROBLEM_HEADERS.update(dict.fromkeys((429, 503, 507), ["Retry-After"]))
+#: what is shown and sent, by its name in the schemas
+FORMS = {shape.name.title(): shape for shape in SHAPES.values()}
+_V1 = tuple(USER.by_name[name] for name in VIEWS["v1"])
+FORMS.update(UserV1=Shape("user", "users", "user", _V1), UserV2=USER)
 #: no parameter: no schema can say that a key goes with one body and without dry_run
 IDEMPOTENCY_KEY = (
     " With a header Idempotency-Key (1 to 255 visible ASCII characters) a request is"
@@ -4190,45 +4190,41 @@ HOWS = ("Create", "Replace", "ReplaceEach", "Merge", "MergeEach")
 NULLABLE: Item = {"type": ["string", "null"]}
 COUNT: Item = {"type": "integer", "minimum": 0}
 FAULT: Item = {"pointer": "", "parameter": "", "header": "", "line": 1, "detail": ""}
+_LOGGED = {"seq": 1, "at": NOON, "actor": None, "op": "update", "user": 1}
 SAMPLES: dict[str, Item] = {
     "/health": {"status": "ok"},
-    "/changes": {"results": [{
-        "seq": 1, "at": NOON, "actor": None, "op": "update", "user": 1,
-        "fields": ["name"],
-    }]},
-}  # fmt: skip
-GIVEN = {"$ref": "#/x-given"}
+    "/changes": {"results": [{**_LOGGED, "fields": ["name"]}]},
+}
 
 
-def given(schema: Item, *, made_up: Item, **other: Any) -> Item:
-    """The schema of a value that is given, by an answer or by whoever knows.
+def given(made_up: Item, other: Item | None = None) -> Item:
+    """What is added to the schema of a value that no tool can make up.
 
     The one thing here that is for a tool: Schemathesis makes values up, and no schema
-    says which cursor, ETag, name or CSV goes well, nor that ids differ. `if` says what
-    it may make up; `else` is true of every other value, but lets it make up none: it
-    draws no text by a pattern of ECMA-262 that Python lacks, and sends no readOnly.
+    says which cursor, ETag, name or CSV goes well, nor that ids differ. It may make up
+    what `if` says; `else` is true of all others, but it draws no text by a pattern of
+    ECMA-262 that Python lacks, and sends no readOnly.
     """
-    return {**schema, "if": made_up, "else": other or GIVEN}
+    return {"if": made_up, "else": other or {"$ref": "#/x-given"}}
 
 
 #: the schemas of parameters that are narrower with a method
 NARROWED: dict[tuple[str, str], Item] = {
-    ("GET", "after"): given(NULLABLE, made_up={"type": "null"}, minLength=16, **GIVEN),
+    ("GET", "after"): {**NULLABLE, "minLength": 16, **given({"type": "null"})},
     ("DELETE", "id"): {**ID_LIST, "uniqueItems": True},
     # after a DELETE that was just a try, all is still there
-    ("DELETE", "dry_run"): given(STRING, made_up={"enum": ["false", "0"]}),
+    ("DELETE", "dry_run"): {**STRING, **given({"enum": ["false", "0"]})},
 }
-#: (description, schema) of the headers that operations read
-REQUEST_HEADERS = {
-    "If-Match": ("The user's ETag; else a 412.", given(STRING, made_up={"const": "*"})),
-    "If-None-Match": ("The ETag that is known; then a 304.", STRING),
-    "Last-Event-ID": ("The seq of the last event had.", PARAMS["since"].schema),
+#: the headers that operations read
+HEADERS = {
+    "If-Match": Param({**STRING, **given({"const": "*"})}, "The user's ETag, or 412."),
+    "If-None-Match": Param(STRING, "The ETag that is known; then a 304."),
+    "Last-Event-ID": Param(SINCE, "The seq of the last event had."),
 }
 
 
 def follows(found: Operation) -> list[Any]:
-    """What follows from what an operation is: the headers that it reads and answers
-    with, and the statuses of problems."""
+    """The headers and the statuses that follow from what an operation is."""
     users, writes = found.path.startswith("/user"), found.writes
     one_user = writes and "<id:id>" in found.path
     there: dict[tuple[Any, ...], Any] = {
@@ -4236,9 +4232,9 @@ def follows(found: Operation) -> list[Any]:
         ("If-None-Match", 412): users and not writes,
         ("Last-Event-ID",): EVENTS in found.answers,
         ("ETag",): users and found.method != "DELETE",
-        ("Location",): found.status == 201,
+        ("Location", "Idempotency-Replayed"): found.method == "POST",
         ("Link",): "limit" in found.params,
-        ("Idempotency-Replayed",): found.method == "POST",
+        (400, 403, 406, 408, 414, 417, 431, 500, 501, 503, 505): True,
         (401, 429): found.path != "/health",
         (404,): "<" in found.path or writes and found.method != "POST",
         (405,): writes and found.path == "/user/<id:id>",  # none of them at /user/0
@@ -4253,9 +4249,12 @@ def ref(name: str, kind: str = "schemas") -> Item:
     return {"$ref": f"#/components/{kind}/{name}"}
 
 
-def closed(properties: Item, required: Iterable[str] = ()) -> Item:
+def closed(properties: Item, required: Iterable[str], **made_up: Item) -> Item:
     """The schema of an object with these members and no others."""
     schema = {"type": "object", "properties": properties, "required": list(required)}
+    if made_up:
+        other = {"properties": dict.fromkeys(made_up, {"readOnly": True})}
+        schema.update(given({"properties": made_up}, other))
     return {**schema, "additionalProperties": False}
 
 
@@ -4272,201 +4271,58 @@ def schema_of(sample: Any) -> Item:
     return {None: NULLABLE, NOON: STAMP}.get(sample, STRING)
 
 
-class Form(NamedTuple):
-    """What is shown and sent of a shape in a view."""
-
-    shape: Shape
-    view: str
-
-    def name(self, how: str = "") -> str:
-        view = self.view.upper() if self.shape is USER else ""
-        return f"{self.shape.name.title()}{view}{how}"
-
-    def fields(self) -> list[Field]:
-        names = VIEWS[self.view] if self.shape is USER else self.shape.names
-        return [self.shape.by_name[name] for name in names]
-
-    def example(self, how: str = "") -> Item:
-        """An item as it is shown or, with `how`, as it is sent."""
-        fields = self.fields()
-        if how:
-            fields = [f for f in fields if f in self.shape.columns or f.rows]
-        if how.startswith("Merge"):
-            fields = [f for f in fields if not f.rows][-1:]
-        item: Item = {"id": 1} if how.endswith("Each") else {}
-        for f in fields:
-            rows = Form(SHAPES.get(f.rows, USER), self.view)
-            item[f.name] = [rows.example(how)] if f.rows else f.example
-        return item
-
-    def shown(self) -> Item:
-        """The schema of an item as it is shown."""
-        schema = schema_of(self.example())
-        for field in self.fields():
-            if field.rows:
-                rows = Form(SHAPES[field.rows], self.view)
-                schema["properties"][field.name]["items"] = ref(rows.name())
-        # of a user, the parameter `fields` may leave out any
-        return {**schema, "required": []} if self.shape is USER else schema
-
-    def items(self, item: Item, **more: Any) -> Item:
-        """A list that is sent; no two of its items have the same id."""
-        other = {"properties": {"id": {"readOnly": True}}}
-        schema = {"type": "array", "items": item, **more}
-        return given(schema, made_up={"maxItems": 1}, items=other)
-
-    def sent(self, merge: bool) -> Item:
-        """The schema of an item as it is sent."""
-        properties, required, made_up = {}, [], Item()
-        for field in self.fields():
-            schema = {"title": field.title, **field.schema}
-            if field.rows:
-                rows = Form(SHAPES[field.rows], self.view)
-                schema = rows.items(ref(rows.name("Item")), **schema)
-            elif field.clean:  # what there is beside its schema is no pattern
-                made_up[field.name] = {"pattern": "^[!-~][ -~¡-¬®-ɏ]*$"}
-            elif merge and field.name in self.shape.one_of:  # the other may be empty
-                made_up[field.name] = {**STRING, "minLength": 1}
-            if field.read_only:
-                schema["readOnly"] = True
-            elif field.required and not merge:
-                required.append(field.name)
-            elif merge and not field.required and field.name != "id":
-                schema["type"] = [schema["type"], "null"]
-            properties[field.name] = schema
-        schema = closed(properties, required)
-        if self.shape.one_of and not merge:
-            empty = dict.fromkeys(self.shape.one_of, {"maxLength": 0})
-            schema["not"] = {"properties": empty}
-        other = dict.fromkeys(made_up, {"readOnly": True})
-        made_up = {"properties": made_up}
-        return given(schema, made_up=made_up, properties=other) if other else schema
-
-    def body(self, how: str) -> Item:
-        """What is sent in JSON: an item, a list of items, or either."""
-        item = ref(self.name("Merge" if how.startswith("Merge") else "Item"))
-        if how == "Create":
-            either = {"item": item, "items": self.items(item, minItems=1)}
-            return {**closed(either), "minProperties": 1, "maxProperties": 1}
-        if how.endswith("Each"):
-            items = self.items({**item, "required": ["id"]}, minItems=1)
-            return closed({"items": items}, ["items"])
-        item["properties"] = {"id": {"readOnly": True}}  # it is the URI's
-        return closed({"item": item}, ["item"])
+def example_of(shape: Shape, how: str = "") -> Item:
+    """An item as it is shown or, with `how`, as it is sent."""
+    fields = [f for f in shape.fields if f in shape.columns or f.rows or not how]
+    if how.startswith("Merge"):
+        fields = [f for f in fields if not f.rows][-1:]
+    item: Item = {"id": 1} if how.endswith("Each") else {}
+    for f in fields:
+        item[f.name] = [example_of(SHAPES[f.rows], how)] if f.rows else f.example
+    return item
 
 
-def schemas() -> Item:
-    """The component schemas: each shape as it is shown, and as it may be sent."""
-    problem = schema_of(json.loads(Problem(422, "", [FAULT]).body()))
-    problem["properties"]["errors"]["items"]["required"] = ["detail"]
-    problem["required"].remove("errors")
-    found = {"Problem": {**problem, "additionalProperties": True}}
-    for form in (Form(s, v) for s in (USER, *SHAPES.values()) for v in VIEWS):
-        found[form.name()] = form.shown()
-        found[form.name("Item")] = form.sent(merge=False)
-        found[form.name("Merge")] = form.sent(merge=True)
-        for how in HOWS:
-            found[form.name(f"{how}Body")] = form.body(how)
-    return found
+def form_schemas(form: str, shape: Shape) -> Item:
+    """The schemas of a form: of an item as it is shown, sent and merged; of bodies."""
+    shown, sent, merged, made_up = schema_of(example_of(shape)), Item(), Item(), Item()
+    for field in shape.fields:
+        name, schema = field.name, {"title": field.title, **field.schema}
+        if field.read_only:
+            schema["readOnly"] = True
+        if field.rows:
+            rows = field.rows.title()
+            shown["properties"][name]["items"] = ref(rows)
+            schema["items"] = ref(f"{rows}Item")
+            made_up[name] = {"maxItems": 1}
+        if field.clean:  # what there is beside its schema is no pattern
+            made_up[name] = {"pattern": "^[!-~][ -~¡-¬®-ɏ]*$"}
+        sent[name] = merged[name] = schema
+        if not (field.required or field.read_only or name == "id"):
+            merged[name] = {**schema, "type": [schema["type"], "null"]}
+    if shape.name == "user":  # the parameter `fields` may leave out any
+        shown["required"] = []
+    item = closed(sent, [f.name for f in shape.fields if f.required], **made_up)
+    if shape.one_of:
+        item["not"] = {"properties": dict.fromkeys(shape.one_of, {"maxLength": 0})}
+        # in a merge, as the other may be empty
+        made_up.update(dict.fromkeys(shape.one_of, {**STRING, "minLength": 1}))
+    merge = closed(merged, (), **made_up)
+    bodies = {f"{form}{how}Body": body_schema(form, how) for how in HOWS}
+    return {form: shown, f"{form}Item": item, f"{form}Merge": merge, **bodies}
 
 
-def body_of(found: Operation, form: Form) -> Item:
-    """The request body of an operation, in each media type that it takes."""
-    how = HOW[found.method].title()
-    how += "Each" if found.bulk and how != "Create" else ""
-    item, schema = form.example(how), ref(form.name(f"{how}Body"))
-    example = {"items": [item]} if how.endswith("Each") else {"item": item}
-    content: Item = {m: {"schema": schema, "example": example} for m in found.takes}
-    if CSV in content:
-        names = [name for name in CSV_MEMBERS if name in item]
-        text = csv_lines([names, [item[name] for name in names]]).decode()
-        content[CSV] = {"schema": given(STRING, made_up={"const": text})}
-        content[CSV]["example"] = text
-    if NDJSON in content:  # without an example, as Schemathesis cannot send it
-        text = f"Lines like {to_json(item).decode()}"
-        content[NDJSON] = {"schema": {**STRING, "description": text}}
-    return {"required": True, "content": content}
-
-
-def answer_of(found: Operation, form: Form) -> Item:
-    """Schema and example of what an operation answers in JSON."""
-    sample, more = {**SAMPLES.get(found.path, {})}, Item()
-    if found.writes:
-        sample.update(code=0, message="SUCCESS")
-    if found.path.startswith("/user") and found.method != "DELETE":
-        sample["results"] = [form.example()]
-        more["results"] = {"type": "array", "items": ref(form.name())}
-    if "limit" in found.params:
-        more["next"] = NULLABLE
-    if "count" in found.params:
-        more["total"] = COUNT
-    if not sample:
-        return {"schema": {"type": "object"}}
-    schema = schema_of(sample)
-    if CSV in found.takes:  # an import is counted
-        more.update(dict.fromkeys(Saved._fields, COUNT))
-        schema["required"].remove("results")
-    schema["properties"].update(more)
-    return {"schema": schema, "example": sample}
-
-
-def responses_of(found: Operation, form: Form) -> Item:
-    """What an operation can answer, by status."""
-    told = follows(found)
-    content = {media.partition(";")[0]: {"schema": STRING} for media in found.answers}
-    if JSON in content:
-        content[JSON] = answer_of(found, form)
-    names = {each for each in told if isinstance(each, str)} - REQUEST_HEADERS.keys()
-    headers = {name: {"schema": STRING} for name in sorted(names)}
-    done = STATUS[found.status].partition(" ")[2]
-    success = {"description": done, "content": content, "headers": headers}
-    responses: Item = {str(found.status): success}
-    if "If-None-Match" in told:
-        responses["304"] = {"description": "Not modified"}
-    for status in sorted({*ANYWHERE, *found.problems, *told} & PROBLEMS.keys()):
-        responses[str(status)] = ref(f"Problem{status}", "responses")
-    return responses
-
-
-def parameters_of(found: Operation, path: str, form: Form) -> list[Item]:
-    """The parameters of an operation: of its path, its query and its header."""
-    zero = (found.method, found.path) == ("GET", "/user/<id:id>")
-    least = {**ID, "minimum": 0} if zero else ID  # 0 are all, see list_users_of_old
-    told = [("path", n, f"The {n}.", least) for n in re.findall("{(.+?)}", path)]
-    for name in found.params:
-        schema = NARROWED.get((found.method, name), PARAMS[name].schema)
-        if name == "fields":
-            schema = {**schema, "items": {**STRING, "enum": list(VIEWS[form.view])}}
-        told.append(("query", name, PARAMS[name].help, schema))
-    for name in follows(found):
-        if name in REQUEST_HEADERS:
-            told.append(("header", name, *REQUEST_HEADERS[name]))
-    return [
-        {
-            "name": name, "in": place, "description": help, "schema": schema,
-            "required": place == "path" or (name == "id" and found.writes),
-            **({"example": 1} if place == "path" else {"explode": False}),
-        }
-        for place, name, help, schema in told
-    ]  # fmt: skip
-
-
-def describe(found: Operation, path: str, resource: Resource) -> Item:
-    """The OpenAPI operation that an operation is at a resource."""
-    form = Form(found.shape, resource.view)
-    more = IDEMPOTENCY_KEY if found.method == "POST" else ""
-    tag = "changes" if found.path == "/changes" else "service"
-    if found.path.startswith("/user"):
-        tag = form.shape.plural
-    described: Item = {
-        "operationId": found.name + resource.base[4:].replace("/", "_"),
-        "summary": found.summary, "description": found.summary + more, "tags": [tag],
-        "parameters": parameters_of(found, path, form),
-        "responses": responses_of(found, form),
-    }  # fmt: skip
-    if found.takes:
-        described["requestBody"] = body_of(found, form)
-    return described
+def body_schema(form: str, how: str) -> Item:
+    """What is sent in JSON: an item, a list of items, or either."""
+    item = ref(form + ("Merge" if how.startswith("Merge") else "Item"))
+    items = {"type": "array", "items": item, "minItems": 1}
+    if how == "Create":
+        either = closed({"item": item, "items": items}, (), items={"maxItems": 1})
+        return {**either, "minProperties": 1, "maxProperties": 1}
+    if how.endswith("Each"):
+        item["required"] = ["id"]
+        return closed({"items": items}, ["items"], items={"maxItems": 1})
+    item["properties"] = {"id": {"readOnly": True}}  # it is the URI's
+    return closed({"item": item}, ["item"])
 
 
 def problem_response(status: int) -> Item:
@@ -4474,8 +4330,109 @@ def problem_response(status: int) -> Item:
     title, told = PROBLEMS[status]
     example = json.loads(Problem(status, told).body())
     content = {PROBLEM_JSON: {"schema": ref("Problem"), "example": example}}
-    headers = {name: {"schema": STRING} for name in PROBLEM_HEADERS.get(status, ())}
+    headers = {name: {"schema": STRING} for name in re.findall("; see (.+)", told)}
     return {"description": f"{title}: {told}.", "content": content, "headers": headers}
+
+
+def components() -> Item:
+    """What operations refer to: schemas, problems, ways to send a token."""
+    problem = schema_of(json.loads(Problem(422, "", [FAULT]).body()))
+    problem["properties"]["errors"]["items"]["required"] = ["detail"]
+    problem["required"].remove("errors")
+    schemas = {"Problem": {**problem, "additionalProperties": True}}
+    for form, shape in FORMS.items():
+        schemas.update(form_schemas(form, shape))
+    responses = {f"Problem{status}": problem_response(status) for status in PROBLEMS}
+    schemes = {name: {"type": "http", "scheme": name} for name in ("bearer", "basic")}
+    return {"schemas": schemas, "responses": responses, "securitySchemes": schemes}
+
+
+def body_of(found: Operation, form: str) -> Item:
+    """The request body of an operation, in each media type that it takes."""
+    how = HOW[found.method].title() + "Each" * ("item" not in found.envelopes)
+    item, schema = example_of(FORMS[form], how), ref(f"{form}{how}Body")
+    example = {"items": [item]} if how.endswith("Each") else {"item": item}
+    content: Item = {m: {"schema": schema, "example": example} for m in found.takes}
+    if CSV in content:
+        names = [name for name in CSV_MEMBERS if name in item]
+        text = csv_lines([names, [item[name] for name in names]]).decode()
+        content[CSV] = {"schema": {**STRING, **given({"const": text})}, "example": text}
+        # without an example, as Schemathesis cannot send it
+        text = f"Lines like {to_json(item).decode()}"
+        content[NDJSON] = {"schema": {**STRING, "description": text}}
+    return {"required": True, "content": content}
+
+
+def answer_of(found: Operation, form: str) -> Item:
+    """Schema and example of what an operation answers in JSON."""
+    sample = SAMPLES.get(found.path, {})
+    if found.writes:
+        sample = {"code": 0, "message": "SUCCESS"}
+    if not sample and not found.path.startswith("/user"):
+        return {"schema": {"type": "object"}}
+    schema = schema_of(sample)
+    members = schema["properties"]
+    if found.path.startswith("/user") and found.method != "DELETE":
+        sample = {**sample, "results": [example_of(FORMS[form])]}
+        members["results"] = {"type": "array", "items": ref(form)}
+        schema["required"].append("results")
+    if "limit" in found.params:
+        members["next"] = NULLABLE
+    if "count" in found.params:
+        members["total"] = COUNT
+    if CSV in found.takes:  # an import is counted
+        members.update(dict.fromkeys(Saved._fields, COUNT))
+        schema["required"].remove("results")
+    return {"schema": schema, "example": sample}
+
+
+def responses_of(found: Operation, form: str) -> Item:
+    """What an operation can answer, by status."""
+    told = follows(found)
+    content = {media.partition(";")[0]: {"schema": STRING} for media in found.answers}
+    if JSON in content:
+        content[JSON] = answer_of(found, form)
+    headers = {name: {"schema": STRING} for name in EXPOSED.split(", ") if name in told}
+    status, _, done = STATUS[found.status].partition(" ")
+    success = {"description": done, "content": content, "headers": headers}
+    known = {"304": {"description": "Not modified"}} if "If-None-Match" in told else {}
+    problems = sorted({*found.problems, *told} & PROBLEMS.keys())
+    problem = {str(each): ref(f"Problem{each}", "responses") for each in problems}
+    return {status: success, **known, **problem}
+
+
+def parameters_of(found: Operation, path: str, form: str) -> Iterator[Item]:
+    """The parameters of an operation: of its path, its query and its header."""
+    id = {**ID, "minimum": 0} if found.name == "get_user" else ID  # 0 are all users
+    told = [("path", n, Param(id, f"The {n}.")) for n in re.findall("{(.+?)}", path)]
+    told += [("query", name, PARAMS[name]) for name in found.params]
+    told += [("header", n, HEADERS[n]) for n in follows(found) if n in HEADERS]
+    for place, name, (schema, help, _) in told:
+        if place == "query":
+            schema = NARROWED.get((found.method, name), schema)
+        if name == "fields":
+            schema = {**schema, "items": choice(*FORMS[form].names)}
+        yield {
+            "name": name, "in": place, "description": help, "schema": schema,
+            "required": place == "path" or (name == "id" and found.writes),
+            **({"example": 1} if place == "path" else {"explode": False}),
+        }  # fmt: skip
+
+
+def describe(found: Operation, path: str, resource: Resource) -> Item:
+    """The OpenAPI operation that an operation is at a resource."""
+    form = found.shape.name.title() + resource.view.upper() * (found.shape is USER)
+    tags = {"/user": FORMS[form].plural, "/chan": "changes"}
+    body = {"requestBody": body_of(found, form)} if found.takes else {}
+    return {
+        "operationId": found.name + resource.base[4:].replace("/", "_"),
+        "summary": found.summary,
+        "description": found.summary + IDEMPOTENCY_KEY * (found.method == "POST"),
+        "tags": [tags.get(found.path[:5], "service")],
+        "parameters": list(parameters_of(found, path, form)),
+        "responses": responses_of(found, form),
+        **body,
+    }
 
 
 def openapi(prefix: str = "") -> Item:
@@ -4490,36 +4447,28 @@ def openapi(prefix: str = "") -> Item:
     about += " Every GET also answers HEAD, and every URI OPTIONS, with Allow."
     info: Item = {"title": "userapi", "version": __version__, "description": about}
     info["license"] = {"name": "MIT", "identifier": "MIT"}
-    schemes = {name: {"type": "http", "scheme": name} for name in ("bearer", "basic")}
-    problems = {f"Problem{status}": problem_response(status) for status in PROBLEMS}
     return {
         "openapi": "3.1.0", "info": info, "servers": [{"url": prefix or "/"}],
-        "security": [{}, *({name: []} for name in schemes)], "paths": paths,
-        "tags": [{"name": name} for name in tags],
-        "components": {
-            "schemas": schemas(), "responses": problems, "securitySchemes": schemes,
-        },
+        "security": [{}, {"bearer": []}, {"basic": []}], "paths": paths,
+        "tags": [{"name": name} for name in tags], "components": components(),
         "x-given": {"description": "Given, not made up.", "pattern": r"^\p{Any}*$"},
     }  # fmt: skip
 
 
 #: the five calls of the tutorial that this application began with, and their ids
 TUTORIAL = {
-    ("get", "/api/user/0"): "",
-    ("get", "/api/user/{id}"): "1",
-    ("post", "/api/user"): "",
-    ("put", "/api/user/{id}"): "{{user}}",
-    ("delete", "/api/user/{id}"): "1337",
-}
+    "list_users_of_old": "0", "get_user": "1", "create_user": "",
+    "replace_user": "{{user}}", "delete_user": "1337",
+}  # fmt: skip
 #: The Postman collection's own scripts: each call finds users, and leaves none behind.
 SETUP = """
-const token = pm.variables.get("token"), items = %s;
 const header = { "Content-Type": "application/json", "If-Match": "*" };
-if (token) header.Authorization = `Bearer ${token}`;
-const body = { mode: "raw", raw: JSON.stringify({ items }) };
-const url = `${pm.variables.get("baseUrl")}/api/v2/user?conflict=skip`;
+header.Authorization = pm.variables.replaceIn("Bearer {{token}}");
+const url = pm.variables.replaceIn("{{baseUrl}}/api/v2/user?conflict=skip");
+const item = (id, n) => ({ ...%s, id, mail: `${n}@example.org` });
+const body = JSON.stringify({ items: [1, 1337, undefined].map(item) });
 pm.sendRequest({ url, method: "POST", header, body }, (fault, answer) => {
-  const made = fault ? [] : answer.json().results.map((user) => user.id);
+  const made = answer.json().results.map((user) => user.id);
   const found = { made, header, user: made[made.length - 1] };
   for (const name in found) pm.variables.set(name, found[name]);
 });
@@ -4551,33 +4500,33 @@ def checks_of(told: Item) -> Item:
     """The test of a call: that it has the first of the answers that are told of it."""
     status, answer = next(iter(told["responses"].items()))
     media, content = next(iter(answer["content"].items()))
-    known = content["schema"].get("properties", {}).items()
-    fixed = {name: each for name, each in known if "const" in each}
-    envelope = {"required": content["schema"].get("required", []), "properties": fixed}
-    values = status, status, media, json.dumps(media == JSON), json.dumps(envelope)
-    return script("test", CHECKS % values)
+    members = {**content["schema"].get("properties", {}), "results": {}}
+    schema = json.dumps({**content["schema"], "properties": members})
+    is_json = json.dumps(media == JSON)
+    return script("test", CHECKS % (status, status, media, is_json, schema))
 
 
 def postman_call(method: str, path: str, told: Item, id: str = "{{user}}") -> Item:
     """The request that an operation of the OpenAPI document is in Postman."""
     at, own = path.format(id=id, n=1), "1" if "/{id}" in path else "{{user}}"
-    url: Item = {"raw": "{{baseUrl}}" + at, "host": ["{{baseUrl}}"], "query": []}
-    url["path"], header = at[1:].split("/"), []
+    sent: dict[str, list[Item]] = {"path": [], "query": [], "header": []}
     for each in told["parameters"]:
-        name, needed = each["name"], each["required"]
-        if each["in"] == "query":
-            pair = {"key": name, "value": own * needed, "disabled": not needed}
-            url["query"].append({**pair, "description": each["description"]})
-            url["raw"] += f"?{name}={own}" * needed
-        elif name == "If-Match":
-            header.append({"key": name, "value": "*"})
-    request: Item = {"method": method.upper(), "url": url, "header": header}
+        value = own if each["required"] else {"If-Match": "*"}.get(each["name"], "")
+        pair = {"key": each["name"], "value": value, "disabled": not value}
+        sent[each["in"]].append({**pair, "description": each["description"]})
+    query, header = sent["query"], sent["header"]
+    url: Item = {"host": ["{{baseUrl}}"], "path": at[1:].split("/"), "query": query}
+    needed = "".join(f"?{pair['key']}={own}" for pair in query if pair["value"])
+    url["raw"] = "{{baseUrl}}" + at + needed
     answers = ", ".join(told["responses"])
-    request["description"] = f"{told['summary']} Answers {answers}."
+    request = {
+        "method": method.upper(), "url": url, "header": header,
+        "description": f"{told['summary']} Answers {answers}.",
+    }  # fmt: skip
     if "requestBody" in told:
-        media, sent = next(iter(told["requestBody"]["content"].items()))
+        media, content = next(iter(told["requestBody"]["content"].items()))
         header.append({"key": "Content-Type", "value": media})
-        body = json.dumps(sent["example"], indent=2, ensure_ascii=False)
+        body = json.dumps(content["example"], indent=2, ensure_ascii=False)
         body = body.replace('"id": 1', f'"id": {own}')
         request["body"] = {"mode": "raw", "raw": body}
     name = f"{method.upper()} {at}"
@@ -4586,25 +4535,22 @@ def postman_call(method: str, path: str, told: Item, id: str = "{{user}}") -> It
 
 def postman(url: str = "http://127.0.0.1:8080") -> Item:
     """The Postman 2.1 collection: the tutorial's calls, then the rest in folders."""
-    paths = openapi()["paths"]
-    calls = [postman_call(*at, paths[at[1]][at[0]], id) for at, id in TUTORIAL.items()]
+    paths = openapi()["paths"].items()
+    told = [(m, path, each) for path, found in paths for m, each in found.items()]
+    by_id = {each["operationId"]: (method, path, each) for method, path, each in told}
+    calls = [postman_call(*by_id.pop(name), id) for name, id in TUTORIAL.items()]
     folders: dict[str, list[Item]] = {}
-    for path, methods in paths.items():
+    for method, path, each in by_id.values():
         version = path.split("/")[2] if path.startswith("/api/v") else ""
-        for method, told in methods.items():
-            if (method, path) not in TUTORIAL:
-                folder = folders.setdefault(f"{told['tags'][0]} {version}".strip(), [])
-                folder.append(postman_call(method, path, told))
-    user = Form(USER, "v2").example("Create")
-    items: list[Item] = [{**user, "id": 1}, {**user, "id": 1337}, user]
-    items = [{**item, "mail": f"{n}@example.org"} for n, item in enumerate(items)]
+        folder = folders.setdefault(f"{each['tags'][0]} {version}".strip(), [])
+        folder.append(postman_call(method, path, each))
     token = {"key": "token", "value": "{{token}}", "type": "string"}
     schema = "https://schema.getpostman.com/json/collection/v2.1.0/collection.json"
-    setup = script("prerequest", SETUP % json.dumps(items))
+    setup = SETUP % json.dumps(example_of(USER, "Create"))
     return {
         "info": {"name": "userapi", "version": __version__, "schema": schema},
         "item": calls + [{"name": n, "item": calls} for n, calls in folders.items()],
-        "event": [setup, script("test", CLEANUP)],
+        "event": [script("prerequest", setup), script("test", CLEANUP)],
         "auth": {"type": "bearer", "bearer": [token]},
         "variable": [{"key": "baseUrl", "value": url}, {"key": "token", "value": ""}],
     }
