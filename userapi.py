@@ -1111,7 +1111,7 @@ class Transaction:
         "now", "saved", "store",
     )  # fmt: skip
 
-    def __init__(self, store: Store, actor: str | None, keep: bool) -> None:
+    def __init__(self, store: Database, actor: str | None, keep: bool) -> None:
         self.store, self.actor, self.keep, self.now = store, actor, keep, utc_now()
         self.connection: sqlite3.Connection | None = None
         self.grouped = self.saved = self.frees = False
@@ -1176,18 +1176,15 @@ def whole_file(path: str) -> Iterator[str]:
             os.remove(part)
 
 
-class Store:
-    """Users in a SQLite file. Methods raise Problem and may be called from any thread.
+class Database:
+    """A SQLite file: how it is opened, read, written to and kept.
 
-    `path` is a file, or `:memory:`. `on_change` is called with each change (a dict as
-    /api/changes shows it) once it is committed.
+    `on_change` is called with each change (a dict as /api/changes shows it) once it is
+    committed. Methods raise Problem and may be called from any thread.
     """
 
     #: what it means that the database rolled a whole group back
     lost: tuple[Any, ...] = (507, DISK_FULL)
-
-    def __new__(cls, path: str = "users.db", *_: Any, **__: Any) -> Store:
-        return super().__new__(PostgresStore if path.startswith(POSTGRESQL) else cls)
 
     def __init__(
         self,
@@ -1202,8 +1199,8 @@ class Store:
         self.memory = path == ":memory:"
         self._lock = threading.RLock() if self.memory else contextlib.nullcontext()
         self._scope = Scope()
-        self._pool: list[sqlite3.Connection] = []
-        self._left: list[Any] = []
+        self._pool: list[sqlite3.Connection] = []  # that nobody uses
+        self._left: list[Any] = []  # of the parent process, after a fork
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(
                 after_in_child=functools.partial(forget, weakref.ref(self))
@@ -1215,8 +1212,7 @@ class Store:
         self._group_log = Log(keep_changes)
         self._highest: int | None = None  # id; while the database is ours to write
         self._identity: tuple[int, int] | None = None
-        self._touched: dict[str, str] = {}
-        self._has_tokens = False, 0.0
+        self._soon: set[tuple[str, tuple[Any, ...]]] = set()
         self._page_size = 0
         self._low = False  # little room is left: look at each write
         if not self.memory:
@@ -1386,7 +1382,7 @@ class Store:
     def do_without_log(self) -> None:
         """Have what comes into a new database written once, into its file, and not into
         the write-ahead log first; until the store is closed."""
-        if self.memory or self.count_users():
+        if self.memory or self.rows("SELECT 1 FROM users LIMIT 1"):
             return
         db = self._take()
         with contextlib.suppress(sqlite3.Error):  # another program has it open
@@ -1541,6 +1537,68 @@ class Store:
             db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         db.execute(f"PRAGMA synchronous = {'FULL' if self.wal else 'EXTRA'}")
 
+    def _insert_rows(self, db: Any, into: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Insert rows, many with one statement, which saves a third of the time."""
+        rows = iter(rows)
+        while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
+            sql = insert_sql(into, len(some), len(some[0]))
+            db.execute(sql, list(itertools.chain.from_iterable(some)))
+
+    # The log of what is changed
+
+    def _now(self) -> str:
+        assert self._scope.transaction is not None
+        return self._scope.transaction.now
+
+    def _log(self, op: str, ids: Sequence[int], names: tuple[str, ...]) -> None:
+        """Have a row in the log for each of these users when all is committed."""
+        scope = self._scope.transaction
+        assert scope is not None
+        scope.log.add((scope.now, scope.actor, op, ids, list_json(names)))
+
+    def _write_group_log(self, scope: Transaction) -> None:
+        """Write what the group has logged, before the savepoint of a request that will
+        write its own: to take that back takes nothing else."""
+        group = self._own_group()
+        if group and not scope.connection and not self._group_fault:
+            try:
+                self._write_log(group, self._group_log, self._group_changes)
+            except DATABASE_FAULTS as fault:
+                self._group_fault = database_problem(fault)
+                raise
+
+    def _write_log(self, db: sqlite3.Connection, log: Log, changes: list[Item]) -> None:
+        """Write what was logged, bound the log, and note the changes to announce."""
+        if not log.entries:
+            return
+        ((last,),) = db.execute(f"SELECT {_LAST_SEQ}")
+        last += log.total
+        self._insert_rows(db, INTO_CHANGES, log.rows(last))
+        if last % max(1, self.keep_changes // 1000) < log.total:  # not each time
+            bound = (last - self.keep_changes,)
+            db.execute("DELETE FROM changes WHERE seq <= ?", bound)
+        if last % (GRAVES // 10) < log.total:
+            self._bound_graves(db)
+        if self.on_change:
+            for row in log.rows(last):
+                change = dict(zip(CHANGE, row))
+                changes.append({**change, "fields": json.loads(change["fields"])})
+        log.clear()
+
+    def _bound_graves(self, db: sqlite3.Connection) -> None:
+        """Keep the graves of the highest ids; of all others the highest version."""
+        lower = (
+            "FROM graves WHERE user_id <= (SELECT user_id FROM graves"
+            " ORDER BY user_id DESC LIMIT 1 OFFSET ?)"
+        )
+        db.execute(
+            "INSERT INTO graves (user_id, version) SELECT 0, v FROM"
+            f" (SELECT max(version) AS v {lower}) AS g WHERE v IS NOT NULL"
+            " ON CONFLICT (user_id) DO UPDATE SET version = excluded.version",
+            (GRAVES,),
+        )
+        db.execute(f"DELETE {lower} AND user_id > 0", (GRAVES,))
+
     # Room on the disk
 
     def _room(self) -> int:
@@ -1586,6 +1644,14 @@ class Store:
         if growth > 0 and self._room() < 2 * growth:
             raise Problem(507, DISK_FULL, headers=[("Retry-After", "5")])
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the database and its write-ahead log."""
+        sizes = {}
+        for name, end in (("database", ""), ("wal", "-wal")):
+            with contextlib.suppress(OSError):
+                sizes[name] = os.path.getsize(self.path + end)
+        return sizes
+
     def _make_room(self, db: sqlite3.Connection) -> None:
         """Where little room is left, give back what the log takes of it."""
         room = self._room()
@@ -1626,7 +1692,7 @@ class Store:
                 self._group.execute("PRAGMA busy_timeout = 5000")
             self._group.execute("BEGIN IMMEDIATE")
             self._highest = None
-            self._write_touched(self._group)
+            self._write_soon(self._group)
         except DATABASE_FAULTS as fault:
             problem = database_problem(fault)
             if not wait and problem.status == 503:
@@ -1665,6 +1731,31 @@ class Store:
             self._group.close()
         self._group, self._group_thread = None, 0
         self.close()
+
+    def write_soon(self, sql: str, values: tuple[Any, ...]) -> None:
+        """Have this written with the next group; at once where there are none."""
+        self._soon.add((sql, values))
+        if self._group_thread != threading.get_ident() and not self.read_only:
+            with contextlib.suppress(Problem), self.transaction():
+                self._write_soon(self._writer())
+
+    def _write_soon(self, db: sqlite3.Connection) -> None:
+        while self._soon:
+            db.execute(*self._soon.pop())
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to write with the next group."""
+        return bool(self._soon)
+
+
+class Store(Database):
+    """The users in a database, which is a file, `:memory:`, or PostgreSQL's URL."""
+
+    _has_tokens = False, 0.0  # and until when that is sure
+
+    def __new__(cls, path: str = "users.db", *_: Any, **__: Any) -> Store:
+        return super().__new__(PostgresStore if path.startswith(POSTGRESQL) else cls)
 
     # Reading users
 
@@ -1823,13 +1914,6 @@ class Store:
         self._highest = ids[-1]
         self._log("create", ids, ("name", "mail"))
 
-    def _insert_rows(self, db: Any, into: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Insert rows, many with one statement, which saves a third of the time."""
-        rows = iter(rows)
-        while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
-            sql = insert_sql(into, len(some), len(some[0]))
-            db.execute(sql, list(itertools.chain.from_iterable(some)))
-
     def _highest_id(self) -> int:
         """The highest id that there has been, looked up once a transaction or group."""
         if self._highest is None:
@@ -1903,59 +1987,6 @@ class Store:
                 # the trigger looks for it
                 self._write_log(self._writer(), scope.log, scope.changes)
                 self._writer().execute("DELETE FROM users WHERE user_id = ?", (id,))
-
-    def _now(self) -> str:
-        assert self._scope.transaction is not None
-        return self._scope.transaction.now
-
-    def _log(self, op: str, ids: Sequence[int], names: tuple[str, ...]) -> None:
-        """Have a row in the log for each of these users when all is committed."""
-        scope = self._scope.transaction
-        assert scope is not None
-        scope.log.add((scope.now, scope.actor, op, ids, list_json(names)))
-
-    def _write_group_log(self, scope: Transaction) -> None:
-        """Write what the group has logged, before the savepoint of a request that will
-        write its own: to take that back takes nothing else."""
-        group = self._own_group()
-        if group and not scope.connection and not self._group_fault:
-            try:
-                self._write_log(group, self._group_log, self._group_changes)
-            except DATABASE_FAULTS as fault:
-                self._group_fault = database_problem(fault)
-                raise
-
-    def _write_log(self, db: sqlite3.Connection, log: Log, changes: list[Item]) -> None:
-        """Write what was logged, bound the log, and note the changes to announce."""
-        if not log.entries:
-            return
-        ((last,),) = db.execute(f"SELECT {_LAST_SEQ}")
-        last += log.total
-        self._insert_rows(db, INTO_CHANGES, log.rows(last))
-        if last % max(1, self.keep_changes // 1000) < log.total:  # not each time
-            bound = (last - self.keep_changes,)
-            db.execute("DELETE FROM changes WHERE seq <= ?", bound)
-        if last % (GRAVES // 10) < log.total:
-            self._bound_graves(db)
-        if self.on_change:
-            for row in log.rows(last):
-                change = dict(zip(CHANGE, row))
-                changes.append({**change, "fields": json.loads(change["fields"])})
-        log.clear()
-
-    def _bound_graves(self, db: sqlite3.Connection) -> None:
-        """Keep the graves of the highest ids; of all others the highest version."""
-        lower = (
-            "FROM graves WHERE user_id <= (SELECT user_id FROM graves"
-            " ORDER BY user_id DESC LIMIT 1 OFFSET ?)"
-        )
-        db.execute(
-            "INSERT INTO graves (user_id, version) SELECT 0, v FROM"
-            f" (SELECT max(version) AS v {lower}) AS g WHERE v IS NOT NULL"
-            " ON CONFLICT (user_id) DO UPDATE SET version = excluded.version",
-            (GRAVES,),
-        )
-        db.execute(f"DELETE {lower} AND user_id > 0", (GRAVES,))
 
     # Phones and addresses
 
@@ -2117,23 +2148,8 @@ class Store:
         return found[0] if found else None
 
     def touch_token(self, name: str, day: str) -> None:
-        """Note the day of a token's last use; in a server's thread a moment later."""
-        self._touched[name] = day
-        if self._group_thread != threading.get_ident() and not self.read_only:
-            with contextlib.suppress(Problem), self.transaction():
-                self._write_touched(self._writer())
-
-    def _write_touched(self, db: sqlite3.Connection) -> None:
-        while self._touched:
-            db.execute(
-                "UPDATE tokens SET used = ? WHERE name = ?",
-                self._touched.popitem()[::-1],
-            )
-
-    @property
-    def waiting(self) -> bool:
-        """Whether there is something to write with the next group."""
-        return bool(self._touched)
+        """Note the day of a token's last use."""
+        self.write_soon("UPDATE tokens SET used = ? WHERE name = ?", (day, name))
 
     def add_token(self, name: str, role: str) -> str:
         """Make a token of 256 random bits; only its SHA-256 is stored. Problem 409."""
@@ -2218,16 +2234,8 @@ class Store:
                 source.execute("ROLLBACK")
             self._give(source)
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of the database and its write-ahead log."""
-        sizes = {}
-        for name, end in (("database", ""), ("wal", "-wal")):
-            with contextlib.suppress(OSError):
-                sizes[name] = os.path.getsize(self.path + end)
-        return sizes
 
-
-def forget(store: weakref.ref[Store]) -> None:
+def forget(store: weakref.ref[Database]) -> None:
     """After a fork: leave the connections, none of which may cross it, alone."""
     found = store()
     if found is not None:
