@@ -1376,6 +1376,29 @@ def test_another_programs_write_of_many_rows_is_one_change_each(client):
 
 
 @of_files("what other programs write is noticed by triggers")
+def test_another_program_gives_a_user_another_id(client):
+    """It takes its phones along, nobody inherits them, and the next id is a new one."""
+    client("DELETE /api/user/1337")
+    last = client.changes()[-1]["seq"]
+    run_sql(client.db, "UPDATE users SET user_id = 1337 WHERE user_id = 3")
+    run_sql(client.db, "UPDATE users SET user_id = 1338 WHERE user_id = 2")
+    moved = client.users()[1]
+    assert (moved["id"], moved["phone"], moved["address"]) == (1337, [PHONE], [ADDRESS])
+    assert moved["version"] == 2  # 1 was that of the user before
+    client("POST /api/user", {"item": {"id": 3, **GRACE}})
+    assert client("GET /api/user/3/phone").json == {"results": []}
+    added = client("POST /api/user", {"item": GRACE}).json["results"]
+    assert added[0]["id"] == 1339
+    log = [(change["op"], change["user"]) for change in client.changes(since=last)]
+    assert log[:4] == [
+        ("delete", 3),
+        ("create", 1337),
+        ("delete", 2),
+        ("create", 1338),
+    ]
+
+
+@of_files("what other programs write is noticed by triggers")
 def test_another_programs_text_is_found_and_sorted(client):
     run_sql(client.db, OLD_INSERT, "ADA", "Ada@Example.ORG")
     run_sql(client.db, "UPDATE users SET user_mail = 'NEW@x' WHERE user_id = 1")

@@ -800,10 +800,15 @@ TABLES = {"users": USER, "user_phone": PHONE, "user_address": ADDRESS}
 ORIGINAL = ["user_id", "user_name", "user_mail"]  # the first application's columns
 _NOW = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
 _LAST_SEQ = "coalesce((SELECT max(seq) FROM changes), 0)"
-_HIGHEST = "coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'users'), 0)"
+#: another program may give a user a higher id than SQLite counted
+_HIGHEST = (
+    "coalesce(max(n), 0) FROM (SELECT seq AS n FROM sqlite_sequence"
+    " WHERE name = 'users' UNION ALL SELECT max(user_id) FROM users) AS ids"
+)
 
 
 _BOTH = """'["name", "mail"]'"""
+_MOVED = " WHERE NEW.user_id <> OLD.user_id"
 
 
 def log_sql(op: str, user: str, fields: str) -> str:
@@ -912,12 +917,18 @@ MIGRATIONS = (
         " WHERE user_id = NEW.user_id; END",
         "CREATE TRIGGER users_update AFTER UPDATE OF user_id, user_name, user_mail"
         " ON users WHEN NEW.version = OLD.version BEGIN"
-        f" UPDATE users SET version = version + 1, updated = {_NOW},"
+        f" UPDATE users SET updated = {_NOW}, version = 1 + max(version, coalesce("
+        "(SELECT version FROM graves WHERE user_id = NEW.user_id), 0)),"
         " name_fold = lower(user_name), mail_fold = lower(user_mail)"
         " WHERE user_id = NEW.user_id;"
-        " INSERT OR REPLACE INTO graves SELECT OLD.user_id, OLD.version"
-        " WHERE NEW.user_id <> OLD.user_id; "
-        + log_sql("delete", "OLD.user_id", "'[]' WHERE NEW.user_id <> OLD.user_id")
+        " UPDATE user_phone SET user_id = NEW.user_id, stamp = stamp + 1"
+        f"{_MOVED} AND user_id = OLD.user_id;"
+        " UPDATE user_address SET user_id = NEW.user_id, stamp = stamp + 1"
+        f"{_MOVED} AND user_id = OLD.user_id;"
+        f" INSERT OR REPLACE INTO graves SELECT OLD.user_id, OLD.version{_MOVED}; "
+        + log_sql("delete", "OLD.user_id", "'[]'" + _MOVED)
+        + "; "
+        + log_sql("create", "NEW.user_id", _BOTH + _MOVED)
         + "; "
         + log_sql(
             "update",
@@ -925,7 +936,7 @@ MIGRATIONS = (
             "'[' || substr("
             "CASE WHEN NEW.user_name <> OLD.user_name THEN ', \"name\"' ELSE '' END ||"
             " CASE WHEN NEW.user_mail <> OLD.user_mail THEN ', \"mail\"' ELSE '' END"
-            ", 3) || ']'",
+            ", 3) || ']' WHERE NEW.user_id = OLD.user_id",
         )
         + "; END",
         "CREATE TRIGGER users_delete AFTER DELETE ON users BEGIN"
