@@ -6318,7 +6318,7 @@ def write_file(path: str, chunks: Iterable[bytes]) -> None:
 
 def run_backup(file: str, **given: Any) -> None:
     with open_given(given) as store, Progress("pages") as bar:
-        store.backup(file, lambda done, total: bar.show(done, done / total))
+        store.backup(file, lambda done, total: bar.show(done, done / max(total, 1)))
 
 
 def run_check(**given: Any) -> int:
