@@ -3522,6 +3522,18 @@ def list_changes(call: Call) -> Answer:
     return Answer(f'{{"results": [{members}]{tail}}}'.encode(), headers)
 
 
+def new_changes(call: Call, since: int | None) -> Rows | None:
+    """The next rows of an event stream; None where it has to end, as its client was
+    left behind (which the next try is told) or lost its token."""
+    try:
+        rows = call.store.changes(since, PAGE_ROWS)
+        if rows:
+            call.app.guard.admit(call)
+        return rows
+    except Problem as problem:
+        return [] if problem.status == 503 else None
+
+
 def events(call: Call, since: int | None) -> Iterator[bytes]:
     """The changes after `since` as server-sent events, for as long as they are read.
 
@@ -3532,15 +3544,7 @@ def events(call: Call, since: int | None) -> Iterator[bytes]:
     ours = "userapi.server" in call.environ
     began = silent = time.monotonic()
     yield b"retry: 1000\n\n"
-    while True:
-        try:
-            rows = call.store.changes(since, PAGE_ROWS)
-            if rows:  # the token may have been revoked meanwhile
-                call.app.guard.admit(call)
-        except Problem as problem:
-            if problem.status != 503:  # left behind, too: the next try is told so
-                return
-            rows = []
+    while (rows := new_changes(call, since)) is not None:
         if rows:
             since, silent = rows[-1][1], time.monotonic()
             told = (f"id: {seq}\ndata: {change}\n\n" for change, seq in rows)
