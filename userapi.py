@@ -4592,7 +4592,7 @@ HTML_DOCUMENT = r"""
 
 PAGE_STYLE = r"""
 :root {
-  color-scheme: light dark; accent-color: var(--accent); scroll-padding: 11rem 0 6rem;
+  color-scheme: light dark; accent-color: var(--accent); scroll-padding: 11rem 0;
   overflow-anchor: none; background: Canvas; --side: max(1rem, 50vw - 38rem);
   --accent: light-dark(#3b56c8, #94a8ff); --red: light-dark(#b3261e, #ff8d83);
   --soft: light-dark(#62656d, #9da0a9); --edge: light-dark(#c6c7c9, #484b53);
@@ -4628,7 +4628,7 @@ th, td {
   text-align: left; text-overflow: ellipsis; white-space: nowrap;
 }
 tr > :first-child { grid-row: span 2; }
-tr button { all: inherit; max-width: 100%; padding: 0; }
+tr button { all: inherit; max-width: 100%; margin: 0 -2px; padding: 0 2px; }
 td button { color: CanvasText; font-weight: 500; }
 [aria-sort=ascending] > ::after { content: " ↑"; }
 [aria-sort=descending] > ::after { content: " ↓"; }
@@ -4666,7 +4666,7 @@ legend { padding: 1rem 0 0.5rem; font-weight: 600; }
 #versions { display: grid; grid: auto / repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem; }
 :has(+ #other:not(:empty))::before, #other::before { content: attr(aria-label); line-height: 2.5; }
 .drop { padding: 2rem 1rem; border: 2px dashed var(--edge); text-align: center; }
-.drop #file { width: auto; max-width: 100%; margin: auto; padding: 0; border: 0; }
+#file { width: auto; max-width: 100%; margin: auto; padding: 0; border: 0; }
 #report { max-height: 14rem; margin-top: 1rem; overflow: auto; white-space: pre-line; }
 """  # noqa: E501
 
@@ -4682,7 +4682,7 @@ const who = (users) => users[1] ? `${users.length} users` : `\u2068${users[0].na
 function show(node, text) { // what stands there already is not told again
   if (node.textContent !== text) node.textContent = text;
 }
-function say(place, text, act, label) { // a message, and what can be done about it
+function say(place, text, act, label) { // a message, and what to do about it
   const [said, button] = $(place).children;
   show(said, text);
   Object.assign(button, { textContent: label, onclick: act, hidden: !act });
@@ -4737,7 +4737,7 @@ async function list(anew) { // the pages near the view
     if (rows !== latest) return; // the answer to an older question never wins
     if (got.status) return paint([], 0, why(got));
     rows.push(...got.results.map(row));
-    total = got.total ?? total; // as of the first page
+    total = got.total ?? total; // of the first page
     if (got.next) pages[n + 1] = location.origin + got.next.replace("&count=true", "");
     else pages.length = n + 1;
   }
