@@ -5041,6 +5041,7 @@ main { padding: 2rem 0; }
 article { padding: 1.5rem 0; border-top: 1px solid var(--line); }
 p { margin: 0.75rem 0; }
 form { display: grid; grid: auto / repeat(auto-fill, minmax(16rem, 1fr)); gap: 0 1rem; }
+.field { align-self: end; }
 form > :not(label) { grid-column: 1 / -1; justify-self: start; margin-top: 0.75rem; }
 b, code, pre, output, textarea { font: 0.8125rem/1.6 ui-monospace, monospace; }
 b { color: var(--accent); font-weight: 600; }
@@ -5095,12 +5096,12 @@ DOCS_HTML = r"""
   $articles
 </main>
 """
-DOCS_LINK = '<a href="#{id}"><b>{method}</b> {path}</a>\n'
+DOCS_LINK = '<a href="#{operationId}"><b>{method}</b> {path}</a>\n'
 DOCS_INPUT = """<label class="field"><code>{name}</code> ({in}): {description}
 <input name="{name}" data-in="{in}" value="{example}"></label>"""
 DOCS_BODY = '<textarea name="body" rows="6" aria-label="Body">{}</textarea>'
 DOCS_ARTICLE = """
-<article id="{id}">
+<article id="{operationId}">
   <h2><b>{method}</b> <code>{path}</code></h2>
   <p>{summary} Answers {answers}.</p>
   <pre>{curl}</pre><button class="copy">Copy</button>
@@ -5132,24 +5133,17 @@ def reference(prefix: str) -> tuple[str, str]:
 
 def operation_values(prefix: str, method: str, path: str, told: Item) -> Item:
     """What the article of an operation shows, by name, as HTML."""
-    values = {**told, "id": told["operationId"], "method": method, "path": path}
-    values["curl"] = f"curl -X {method} http://127.0.0.1:8080{prefix}{path}"
-    values["answers"] = ", ".join(STATUS[int(status)] for status in told["responses"])
-    body = ""
+    curl, body = f"curl -X {method} http://127.0.0.1:8080{prefix}{path}", ""
     if "requestBody" in told:
         sent = told["requestBody"]["content"][JSON]["example"]
-        text = json.dumps(sent, ensure_ascii=False)
-        values["curl"] += f" -H 'Content-Type: {JSON}' -d '{text}'"
+        curl += f" -H 'Content-Type: {JSON}' -d '{to_json(sent).decode()}'"
         text = json.dumps(sent, indent=2, ensure_ascii=False)
         body = DOCS_BODY.format(html.escape(text))
+    values = {**told, "prefix": prefix, "method": method, "path": path, "curl": curl}
+    values["answers"] = ", ".join(told["responses"])
     fields = [escaped({"example": "", **each}) for each in told["parameters"]]
     inputs = "".join(map(DOCS_INPUT.format_map, fields))
-    return {
-        **escaped(values),
-        "prefix": html.escape(prefix),
-        "inputs": inputs,
-        "body": body,
-    }
+    return {**escaped(values), "inputs": inputs, "body": body}
 
 
 def escaped(values: Item) -> Item:
