@@ -4871,7 +4871,7 @@ const acts = { // of the buttons, by their names
   close: () => $("form").close(),
   create: () => edit(),
   drop: ({ parentNode }) => parentNode.remove(),
-  leave: () => location.assign(home.replace("//", "//logout:@")), // a wrong login replaces it
+  leave: () => location.assign(`${home}/`.replace("//", "//logout:@")), // by a wrong login
   sort: ({ value }) => go({ sort: sort === value ? `-${value}` : value }),
   unselect: () => choose(selected.values(), false),
   upload: () => upload(false),
