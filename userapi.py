@@ -4213,34 +4213,24 @@ HOWS = ("Create", "Replace", "ReplaceEach", "Merge", "MergeEach")
 NULLABLE: Item = {"type": ["string", "null"]}
 COUNT: Item = {"type": "integer", "minimum": 0}
 FAULT: Item = {"pointer": "", "parameter": "", "header": "", "line": 1, "detail": ""}
-_LOGGED = {"seq": 1, "at": NOON, "actor": None, "op": "update", "user": 1}
-SAMPLES: dict[str, Item] = {
-    "/health": {"status": "ok"},
-    "/changes": {"results": [{**_LOGGED, "fields": ["name"]}]},
-}
-
-
-def given(made_up: Item, other: Item | None = None) -> Item:
-    """What is added to the schema of a value that no tool can make up.
-
-    The one thing here that is for a tool: Schemathesis makes values up, and no schema
-    says which cursor, ETag, name or CSV goes well, nor that ids differ. It may make up
-    what `if` says; `else` is true of all others, but it draws no text by a pattern of
-    ECMA-262 that Python lacks, and sends no readOnly.
-    """
-    return {"if": made_up, "else": other or {"$ref": "#/x-given"}}
-
-
+A_CHANGE: Item = {"seq": 1, "at": NOON, "actor": None, "op": "update", "user": 1}
+A_CHANGE["fields"] = ["name"]
+SAMPLES: Item = {"/health": {"status": "ok"}, "/changes": {"results": [A_CHANGE]}}
+#: The one thing here that is for a tool: Schemathesis makes values up, and no schema
+#: says which cursor, ETag, name or CSV goes well, nor that ids differ. It may make up
+#: what `if` says; `else` is true of all others, but it draws no text by a pattern of
+#: ECMA-262 that Python lacks, and sends no readOnly.
+GIVEN: Item = {"type": "string", "else": {"$ref": "#/x-given"}}
 #: the schemas of parameters that are narrower with a method
 NARROWED: dict[tuple[str, str], Item] = {
-    ("GET", "after"): {**NULLABLE, "minLength": 16, **given({"type": "null"})},
+    ("GET", "after"): {**GIVEN, **NULLABLE, "minLength": 16, "if": {"type": "null"}},
     ("DELETE", "id"): {**ID_LIST, "uniqueItems": True},
     # after a DELETE that was just a try, all is still there
-    ("DELETE", "dry_run"): {**STRING, **given({"enum": ["false", "0"]})},
+    ("DELETE", "dry_run"): {**GIVEN, "if": {"enum": ["false", "0"]}},
 }
 #: the headers that operations read
 HEADERS = {
-    "If-Match": Param({**STRING, **given({"const": "*"})}, "The user's ETag, or 412."),
+    "If-Match": Param({**GIVEN, "if": {"const": "*"}}, "The user's ETag; else a 412."),
     "If-None-Match": Param(STRING, "The ETag that is known; then a 304."),
     "Last-Event-ID": Param(SINCE, "The seq of the last event had."),
 }
@@ -4276,8 +4266,8 @@ def closed(properties: Item, required: Iterable[str], **made_up: Item) -> Item:
     """The schema of an object with these members and no others."""
     schema = {"type": "object", "properties": properties, "required": list(required)}
     if made_up:
-        other = {"properties": dict.fromkeys(made_up, {"readOnly": True})}
-        schema.update(given({"properties": made_up}, other))
+        other = dict.fromkeys(made_up, {"readOnly": True})
+        schema.update({"if": {"properties": made_up}, "else": {"properties": other}})
     return {**schema, "additionalProperties": False}
 
 
@@ -4379,7 +4369,7 @@ def body_of(found: Operation, form: str) -> Item:
     if CSV in content:
         names = [name for name in CSV_MEMBERS if name in item]
         text = csv_lines([names, [item[name] for name in names]]).decode()
-        content[CSV] = {"schema": {**STRING, **given({"const": text})}, "example": text}
+        content[CSV] = {"schema": {**GIVEN, "if": {"const": text}}, "example": text}
         # without an example, as Schemathesis cannot send it
         text = f"Lines like {to_json(item).decode()}"
         content[NDJSON] = {"schema": {**STRING, "description": text}}
@@ -4388,9 +4378,8 @@ def body_of(found: Operation, form: str) -> Item:
 
 def answer_of(found: Operation, form: str) -> Item:
     """Schema and example of what an operation answers in JSON."""
-    sample = SAMPLES.get(found.path, {})
-    if found.writes:
-        sample = {"code": 0, "message": "SUCCESS"}
+    done = {"code": 0, "message": "SUCCESS"}
+    sample: Item = done if found.writes else SAMPLES.get(found.path, {})
     if not sample and not found.path.startswith("/user"):
         return {"schema": {"type": "object"}}
     schema = schema_of(sample)
@@ -4446,7 +4435,6 @@ def describe(found: Operation, path: str, resource: Resource) -> Item:
     """The OpenAPI operation that an operation is at a resource."""
     form = found.shape.name.title() + resource.view.upper() * (found.shape is USER)
     tags = {"/user": FORMS[form].plural, "/chan": "changes"}
-    body = {"requestBody": body_of(found, form)} if found.takes else {}
     return {
         "operationId": found.name + resource.base[4:].replace("/", "_"),
         "summary": found.summary,
@@ -4454,7 +4442,7 @@ def describe(found: Operation, path: str, resource: Resource) -> Item:
         "tags": [tags.get(found.path[:5], "service")],
         "parameters": list(parameters_of(found, path, form)),
         "responses": responses_of(found, form),
-        **body,
+        **({"requestBody": body_of(found, form)} if found.takes else {}),
     }
 
 
