@@ -1375,6 +1375,19 @@ def test_another_programs_write_of_many_rows_is_one_change_each(client):
     assert [user["version"] for user in client.users()] == [2, 2, 2, 2]
 
 
+@of_files("text is text elsewhere")
+@pytest.mark.parametrize("sort", ["name", "-name", "mail", "-mail"])
+def test_another_programs_text_that_is_none_is_passed_page_by_page(client, sort):
+    """Its place among the others is by its bytes, which no cursor loses."""
+    for text in ("ff", "ff41", "c3", "c328", "eda080", "5a00", "efbfbd"):
+        text = f"CAST(x'{text}' AS TEXT)"
+        columns = "INSERT INTO users (user_name, user_mail)"
+        run_sql(client.db, f"{columns} VALUES ({text}, 'a' || {text})")
+    whole = client(f"GET /api/user?sort={sort}").json["results"]
+    pages = walk(client, f"/api/user?sort={sort}&limit=1")
+    assert list(itertools.chain(*pages)) == whole and len(whole) == 4 + 7
+
+
 @of_files("what other programs write is noticed by triggers")
 def test_another_program_gives_a_user_another_id(client):
     """It takes its phones along, nobody inherits them, and the next id is a new one."""
@@ -2925,7 +2938,14 @@ def test_a_page_starts_where_the_last_ended_whatever_was_written(client):
 
 
 @pytest.mark.parametrize(
-    "cursor", ['["id", "1", 1]', f'["id", {2**63}, 1]', '["name", 1, 1]', "[1, 1, 1]"]
+    "cursor",
+    [
+        '["id", "1", 1]',
+        f'["id", {2**63}, 1]',
+        '["name", 1, 1]',
+        r'["name", "\ud800", 1]',
+        "[1, 1, 1]",
+    ],
 )
 def test_a_cursor_that_was_made_up_is_refused(play, cursor):
     after = base64.urlsafe_b64encode(cursor.encode()).decode().rstrip("=")

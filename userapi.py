@@ -1066,11 +1066,26 @@ class Page(NamedTuple):
 
 
 def make_page(rows: Rows, joint: str) -> Page:
+    content: Any = [row[:-2] for row in rows]
+    key, id = rows[-1][-2:] if rows else (None, 0)
+    size = len(rows)
     if joint:
         content, size, key, ids = rows[0]
-        last = (key, int(ids.rpartition(",")[2])) if size else None
-        return Page(content or "", size, last)
-    return Page([row[:-2] for row in rows], len(rows), rows[-1][-2:] if rows else None)
+        content, id = content or "", ids and int(ids.rpartition(",")[2])
+    if isinstance(key, bytes):
+        key = key.decode(errors="surrogateescape")
+    return Page(content, size, (key, id) if size else None)
+
+
+def has_surrogates(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def exact_bytes(key: Any) -> Any:
+    """A sort key as it is bound: text that another program damaged as its bytes."""
+    if not isinstance(key, str) or not has_surrogates(key):
+        return key
+    return key.encode(errors="surrogateescape")
 
 
 class Saved(NamedTuple):
@@ -1793,14 +1808,18 @@ class Store(Database):
         more, down, last = (">", "", "max")
         if query.sort[0] == "-":
             more, down, last = ("<", " DESC", "min")
-        where, values = query.where()
-        after, size = query.after, query.limit or PAGE_ROWS
+        where, filters = query.where()
+        values, after, size = filters, query.after, query.limit or PAGE_ROWS
+        shown, mark = f"CAST({key} AS BLOB)", "CAST(? AS TEXT)"
+        if key == "users.user_id":
+            shown, mark = key, "?"
         while True:
             beyond = ""
             if after is not None:
-                beyond = f" AND ({key}, user_id) {more} (?, ?)"
+                values = [*filters, exact_bytes(after[0]), after[1]]
+                beyond = f" AND ({key}, user_id) {more} ({mark}, ?)"
             sql = (
-                f"SELECT {select} AS content, {key} AS key, user_id AS id FROM users"
+                f"SELECT {select} AS content, {shown} AS key, user_id AS id FROM users"
                 f" WHERE {where}{beyond} ORDER BY {key}{down}, users.user_id{down}"
                 f" LIMIT {size}"
             )
@@ -1809,7 +1828,7 @@ class Store(Database):
                     f"SELECT group_concat(content, '{joint}'), count(*), {last}(key),"
                     f" group_concat(CAST(id AS TEXT), ',') FROM ({sql}) AS page"
                 )
-            page = make_page(self.rows(sql, [*values, *(after or ())]), joint)
+            page = make_page(self.rows(sql, values), joint)
             yield page
             if query.limit or page.size < size:
                 return
@@ -2546,6 +2565,7 @@ DIALECT = (
     (r"(?<! AS) INTEGER\b", " bigint"),
     (r"(?<! AS) TEXT\b", ' text COLLATE "C"'),
     (r"(?<! AS) BLOB\b", " bytea"),
+    (r"CAST\((users\.\w+) AS BLOB\)", r"\1"),
     (r" WITHOUT ROWID", ""),
     (r"(?s)/\*pg (.*?)\*/", r"\1"),
     (r"group_concat\(", "string_agg("),
@@ -2815,14 +2835,15 @@ def read_cursor(value: str) -> tuple[str, Any, int]:
         whole = isinstance(id, int) and abs(id) < 2**63 and sort.lstrip("-") in SORTS
         if not whole or not (key == id if sort.endswith("id") else type(key) is str):
             raise ValueError
-        to_json(key)
+        exact_bytes(key)
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise ValueError("is no cursor out of next") from None
     return sort, key, id
 
 
 def write_cursor(sort: str, key: Any, id: int) -> str:
-    return base64.urlsafe_b64encode(to_json([sort, key, id])).decode().rstrip("=")
+    cursor = json.dumps([sort, key, id]).encode()
+    return base64.urlsafe_b64encode(cursor).decode().rstrip("=")
 
 
 class Param(NamedTuple):
@@ -4190,10 +4211,6 @@ def read_query(source: str, known: tuple[str, ...]) -> Item:
     if faults:
         raise bad_query(*faults)
     return values
-
-
-def has_surrogates(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 # ── Contract ──────────────────────────────────────────────────────────────────────
