@@ -938,6 +938,8 @@ TOLD = [
     post({}, 422, told("2 members are not valid")),
     post({**GRACE, **ODD_NAMES}, 422,
          at("#/item/a~0b~1c%20d", "#/item/!$&'()*+,;=:@", "#/item/%C3%A4")),
+    post({**GRACE, "ä/~1": 1}, 422, (at("#/item/%C3%A4~1~01"),
+         told("ä/~1 is no member that can be sent here"))),
     post({**GRACE, "phone": TWICE}, 422, at("#/item/phone")),
     Row("POST /api/v2/user", 422, told("phone is not a list"),
         body={"item": {**GRACE, "phone": None}}),

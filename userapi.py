@@ -611,7 +611,8 @@ class Faults:
             only = self.statuses == {422}
             return f"{self.total} {'members are not valid' if only else 'faults'}"
         fault = self.errors[0]
-        member = fault["pointer"].rpartition("/")[2]
+        member = unquote(fault["pointer"].rpartition("/")[2])
+        member = member.replace("~1", "/").replace("~0", "~")
         if member.isdigit() or member in ("#", "item"):
             member = f"line {fault['line']}" if "line" in fault else "the item"
         return f"{member} {fault['detail']}"
