@@ -916,6 +916,19 @@ MIGRATIONS = (
         "CREATE TRIGGER users_replace BEFORE INSERT ON users WHEN NEW.version = 0 BEGIN"
         " INSERT OR REPLACE INTO graves SELECT user_id, version FROM users"
         " WHERE user_id = NEW.user_id; END",
+        "CREATE TRIGGER users_delete AFTER DELETE ON users BEGIN"
+        " DELETE FROM user_phone WHERE user_id = OLD.user_id;"
+        " DELETE FROM user_address WHERE user_id = OLD.user_id;"
+        " INSERT OR REPLACE INTO graves VALUES (OLD.user_id, OLD.version); "
+        + log_sql("delete", "OLD.user_id", "'[]'")
+        + f" WHERE NOT EXISTS (SELECT 1 FROM changes WHERE seq = {_LAST_SEQ}"
+        " AND op = 'delete' AND user = OLD.user_id); END",
+        f"PRAGMA application_id = {APPLICATION_ID}",
+        *POSTGRES_MADE,
+    ),
+    (
+        # before, a user whose id another program changed left its phones behind
+        "DROP TRIGGER IF EXISTS users_update",
         "CREATE TRIGGER users_update AFTER UPDATE OF user_id, user_name, user_mail"
         " ON users WHEN NEW.version = OLD.version BEGIN"
         f" UPDATE users SET updated = {_NOW}, version = 1 + max(version, coalesce("
@@ -940,15 +953,6 @@ MIGRATIONS = (
             ", 3) || ']' WHERE NEW.user_id = OLD.user_id",
         )
         + "; END",
-        "CREATE TRIGGER users_delete AFTER DELETE ON users BEGIN"
-        " DELETE FROM user_phone WHERE user_id = OLD.user_id;"
-        " DELETE FROM user_address WHERE user_id = OLD.user_id;"
-        " INSERT OR REPLACE INTO graves VALUES (OLD.user_id, OLD.version); "
-        + log_sql("delete", "OLD.user_id", "'[]'")
-        + f" WHERE NOT EXISTS (SELECT 1 FROM changes WHERE seq = {_LAST_SEQ}"
-        " AND op = 'delete' AND user = OLD.user_id); END",
-        f"PRAGMA application_id = {APPLICATION_ID}",
-        *POSTGRES_MADE,
     ),
 )
 
@@ -2544,7 +2548,7 @@ _HERE = "relnamespace = current_schema()::regnamespace"
 _VERSION = r"substring(obj_description(oid, 'pg_class') FROM '^userapi ([0-9]+)$')::int"
 #: from SQLite's words (patterns) to PostgreSQL's; `/*pg …*/` is for the latter alone
 DIALECT = (
-    (r"(?s)^(CREATE TRIGGER|UPDATE users SET version = 1,).*", ""),
+    (r"(?s)^(CREATE TRIGGER|DROP TRIGGER|UPDATE users SET version = 1,).*", ""),
     (BEGIN, _LOCK),
     (r"^PRAGMA user_version$", f"SELECT coalesce(max(coalesce({_VERSION}, -1)), 0)"
         f" FROM pg_class WHERE {_HERE} AND relname = 'users'"),
