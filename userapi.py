@@ -5280,6 +5280,7 @@ class Connection(asyncio.Protocol):
         self.busy = False  # a request is being answered
         self.working = False  # requests are being read, or will be in the next turn
         self.closing = False  # no further request will be read
+        self.refused = False  # a request was not read to its end
         self.paused = False  # the client does not take what is written
         self.ended = False  # the client will send no more
         self.full = False  # so much has been read ahead that reading is paused
@@ -5666,7 +5667,8 @@ class Connection(asyncio.Protocol):
 
     def refuse(self, problem: Problem) -> None:
         """Answer a request that cannot be read further, and close."""
-        self.closing, self.busy = True, False
+        self.closing = self.refused = True
+        self.busy = False
         self.release()
         environ = self.environ or {"SERVER_PROTOCOL": "HTTP/1.1", **self.server.base}
         environ.setdefault("REQUEST_METHOD", "-")
@@ -5677,10 +5679,10 @@ class Connection(asyncio.Protocol):
 
     def hang_up(self) -> None:
         """Half-close, and drop for a moment what still comes: a reset at once would
-        take the answer with it."""
-        self.buffer = b""
+        take the answer with it. TLS cannot do that, and waits where more may come."""
+        more, self.buffer = self.refused or self.buffer, b""
         self.send_out()
-        if self.ended:
+        if self.ended or not (more or self.can_half_close()):
             self.transport.close()
             return
         with contextlib.suppress(OSError):  # the client may have gone

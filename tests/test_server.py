@@ -2230,6 +2230,16 @@ def test_tls(secure, trust):
         assert client.answer() is None
 
 
+def test_the_end_of_an_answer_over_tls_is_told_at_once(secure, trust):
+    """Not a second later, as after a refusal."""
+    began = time.monotonic()
+    for _ in range(5):
+        with Client(secure, tls=trust) as client:
+            client.send(request("GET", "/health", None, "Connection: close"))
+            assert b"200 OK" in client.rest()
+    assert time.monotonic() - began < 4
+
+
 def test_an_early_refusal_arrives_over_tls(secure, trust):
     for _ in range(3):
         client = http.client.HTTPSConnection(
