@@ -2808,28 +2808,6 @@ class Answer(NamedTuple):
 
 # Parameters
 
-DIGITS = re.compile("[0-9]{1,16}")
-TRUTHS = {"true": True, "1": True, "false": False, "0": False}
-
-
-def read_value(value: str, schema: Item) -> Any:
-    """What a parameter's text stands for, by its schema. Raises ValueError."""
-    kind = schema["type"]
-    if kind == "integer":
-        least, most = schema["minimum"], schema["maximum"]
-        if not DIGITS.fullmatch(value) or not least <= int(value) <= most:
-            raise ValueError(f"is not a whole number from {least} to {most}")
-        return int(value)
-    if kind == "boolean":
-        if value not in TRUTHS:
-            raise ValueError("is not true or false")
-        return TRUTHS[value]
-    if kind == "array":
-        return [read_value(part, schema["items"]) for part in value.split(",")]
-    if value not in schema.get("enum", (value,)):
-        raise ValueError(f"is not one of {', '.join(schema['enum'])}")
-    return value
-
 
 def read_cursor(value: str) -> tuple[str, Any, int]:
     """The (sort, key, id) that a cursor out of `next` holds."""
@@ -2851,17 +2829,36 @@ def write_cursor(sort: str, key: Any, id: int) -> str:
     return base64.urlsafe_b64encode(cursor).decode().rstrip("=")
 
 
+DIGITS = re.compile("[0-9]{1,16}")
+TRUTHS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def read_value(value: str, schema: Item) -> Any:
+    """What a parameter's text stands for, by its schema. Raises ValueError."""
+    kind = schema.get("format") or schema["type"]
+    if kind == "integer":
+        least, most = schema["minimum"], schema["maximum"]
+        if not DIGITS.fullmatch(value) or not least <= int(value) <= most:
+            raise ValueError(f"is not a whole number from {least} to {most}")
+        return int(value)
+    if kind == "boolean":
+        if value not in TRUTHS:
+            raise ValueError("is not true or false")
+        return TRUTHS[value]
+    if kind == "array":
+        return [read_value(part, schema["items"]) for part in value.split(",")]
+    if kind == "cursor":
+        return read_cursor(value)
+    if value not in schema.get("enum", (value,)):
+        raise ValueError(f"is not one of {', '.join(schema['enum'])}")
+    return value
+
+
 class Param(NamedTuple):
-    """A query parameter: its JSON Schema and purpose, and how its text is read where
-    the schema does not say it (of a list, what stands between commas)."""
+    """A query parameter: its JSON Schema, by which it is read, and its purpose."""
 
     schema: Item
     help: str
-    special: Callable[[str], Any] | None = None
-
-    def read(self, value: str) -> Any:
-        """What the text stands for. Raises ValueError."""
-        return self.special(value) if self.special else read_value(value, self.schema)
 
 
 def choice(*values: str, **more: str) -> Item:
@@ -2869,6 +2866,7 @@ def choice(*values: str, **more: str) -> Item:
 
 
 STRING, BOOL = {"type": "string"}, {"type": "boolean"}
+CURSOR = {"type": "string", "format": "cursor"}
 ID_LIST = {"type": "array", "items": ID, "minItems": 1}
 NAMES = {"type": "array", "items": STRING, "minItems": 1}
 LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000}
@@ -2877,7 +2875,7 @@ SORT_NAMES = [*SORTS, *(f"-{name}" for name in SORTS)]
 CONFLICT = choice("fail", "skip", "replace", default="fail")
 PARAMS = {
     "limit": Param(LIMIT, "At most so many; the answer has `next`."),
-    "after": Param(STRING, "The cursor out of `next`.", read_cursor),
+    "after": Param(CURSOR, "The cursor out of `next`."),
     "count": Param(BOOL, "Add `total`, the number of all that match."),
     "q": Param(STRING, "Part of a name or mail, ignoring case."),
     "name": Param(STRING, "Exactly this name."),
@@ -3533,7 +3531,7 @@ def list_changes(call: Call) -> Answer:
     since, limit = call.params.get("since"), call.params.get("limit")
     last = call.header("LAST_EVENT_ID")
     try:
-        last_seq = since if last is None else PARAMS["since"].read(last)
+        last_seq = since if last is None else read_value(last, SINCE)
     except ValueError as fault:
         raise bad_header("Last-Event-ID", str(fault)) from None
     if call.media == EVENTS:
@@ -4210,7 +4208,7 @@ def read_query(source: str, known: tuple[str, ...]) -> Item:
                 raise ValueError("is no parameter here")
             if name in values:
                 raise ValueError("stands twice")
-            values[name] = PARAMS[name].read(value)
+            values[name] = read_value(value, PARAMS[name].schema)
         except ValueError as fault:
             faults.append((name.encode(errors="replace").decode(), str(fault)))
     if faults:
@@ -4441,7 +4439,7 @@ def parameters_of(found: Operation, path: str, form: str) -> Iterator[Item]:
     told = [("path", n, Param(id, f"The {n}.")) for n in re.findall("{(.+?)}", path)]
     told += [("query", name, PARAMS[name]) for name in found.params]
     told += [("header", n, HEADERS[n]) for n in follows(found) if n in HEADERS]
-    for place, name, (schema, help, _) in told:
+    for place, name, (schema, help) in told:
         if place == "query":
             schema = NARROWED.get((found.method, name), schema)
         if name == "fields":
