@@ -2497,6 +2497,7 @@ READING = [
     read("q=nobody", 200, results()),
     read("q=%00", 200, results()),
     read("name=Zoë Müller", 200, results(ZOE)),
+    read(unicodedata.normalize("NFD", "name=Zoë Müller"), 200, results(ZOE)),
     read("name=zoë müller", 200, results()),
     read("name=Zoë", 200, results()),
     read("mail=GIERTZ@ShittyRobots.LOC", 200, results(SIMONE)),

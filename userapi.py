@@ -1051,8 +1051,9 @@ class Query(NamedTuple):
             terms.append("(instr(name_fold, ?) > 0 OR instr(mail_fold, ?) > 0)")
             values += [fold(self.q)] * 2
         if self.name is not None:
-            terms.append("name_fold IN (?, lower(?)) AND user_name = ?")
-            values += [fold(self.name), self.name, self.name]
+            terms.append("name_fold IN (?, lower(?)) AND user_name IN (?, ?)")
+            kept = unicodedata.normalize("NFC", self.name)
+            values += [fold(self.name), self.name, self.name, kept]
         if self.mail is not None:
             terms.append("mail_fold IN (?, lower(?))")
             values += [fold(self.mail), self.mail]
