@@ -4990,12 +4990,13 @@ def hash_source(text: str) -> str:
 
 def html_document(style: str, script: str, **parts: str) -> tuple[str, str]:
     """A document and its Content-Security-Policy: this style and script, no others."""
+    style, script = style.strip(), script.strip()
     policy = (
         f"default-src 'none'; style-src {hash_source(style)};"
         f" script-src {hash_source(script)}; connect-src 'self'; img-src data:;"
         " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    document = string.Template(HTML_DOCUMENT.lstrip())
+    document = string.Template(HTML_DOCUMENT.strip())
     return document.substitute(parts, style=style, script=script), policy
 
 
@@ -5032,7 +5033,7 @@ def page(prefix: str, seq: int, actor: str | None, write: bool) -> tuple[str, st
     """The admin page and its policy."""
     path, sheets = html.escape(prefix), map(form_sheet, (USER, *SHAPES.values()))
     kinds = "open" * (actor is None) + " reader" * (not write)
-    body = string.Template(PAGE_HTML).substitute(prefix=path, sheets="".join(sheets))
+    body = string.Template(PAGE_HTML.strip()).substitute(prefix=path, sheets="".join(sheets))
     return html_document(
         PAGE_STYLE,
         PAGE_SCRIPT,
