@@ -5033,13 +5033,13 @@ def page(prefix: str, seq: int, actor: str | None, write: bool) -> tuple[str, st
     """The admin page and its policy."""
     path, sheets = html.escape(prefix), map(form_sheet, (USER, *SHAPES.values()))
     kinds = "open" * (actor is None) + " reader" * (not write)
-    body = string.Template(PAGE_HTML.strip()).substitute(prefix=path, sheets="".join(sheets))
+    body = string.Template(PAGE_HTML.strip())
     return html_document(
         PAGE_STYLE,
         PAGE_SCRIPT,
         title="Users",
         attributes=f'data-base="{path}" data-seq="{seq}" class="{kinds}"',
-        body=body,
+        body=body.substitute(prefix=path, sheets="".join(sheets)),
     )
 
 
