@@ -2980,9 +2980,9 @@ class Call:
             raise Problem(413, f"{most} items are the most that a request may hold")
 
     def precondition(self) -> Callable[[int], None] | None:
-        """What looks at the version of the user before it is written, if it is one.
+        """The check of the user's version before it is written; None if many are.
 
-        Raises Problem 400, 428 where there is an If-Match that makes no sense, or none.
+        Raises Problem 400 where If-Match makes no sense, 428 where it is needed.
         """
         match = self.header("IF_MATCH")
         if "id" not in self.args:
@@ -3344,16 +3344,6 @@ def show_saved(
     return acknowledge(call, f', "results": [{", ".join(texts)}]', headers)
 
 
-def wanted_ids(call: Call, name: str) -> list[int]:
-    """What to delete: the one that the path names, or those of the parameter id."""
-    if name in call.args:
-        return [call.args[name]]
-    if "id" not in call.params:
-        raise bad_query(("id", "is required: id=1,2,3"))
-    ids: list[int] = call.params["id"]
-    return ids
-
-
 # Users
 
 
@@ -3479,6 +3469,16 @@ def import_body(call: Call, conflict: str) -> Answer:
     )
     told = (f', "{name}": {count}' for name, count in counts.items())
     return acknowledge(call, "".join(told))
+
+
+def wanted_ids(call: Call, name: str) -> list[int]:
+    """What to delete: the one that the path names, or those of the parameter id."""
+    if name in call.args:
+        return [call.args[name]]
+    if "id" not in call.params:
+        raise bad_query(("id", "is required: id=1,2,3"))
+    ids: list[int] = call.params["id"]
+    return ids
 
 
 def delete_users(call: Call) -> Answer:
