@@ -2903,9 +2903,8 @@ TAKES = {"POST": (JSON,), "PUT": (JSON,), "PATCH": (JSON, MERGE)}
 class Operation:
     """What can be done at a path, by which it runs and out of which it is documented.
 
-    `takes` are the media types of its body, `answers` those it answers with; `problems`
-    are statuses of its own, beside those that follow from the rest; `shape` is what it
-    is about; `bulk` says that it may write many.
+    `takes` are the media types of its body, `answers` those it answers with; `shape` is
+    what it is about; `bulk` says that it may write many.
     """
 
     def __init__(
@@ -2918,13 +2917,12 @@ class Operation:
         params: tuple[str, ...] = (),
         takes: tuple[str, ...] = (),
         answers: tuple[str, ...] = (JSON,),
-        problems: tuple[int, ...] = (),
         shape: Shape = USER,
     ) -> None:
         self.name, self.method, self.path = name, method, path
         self.run, self.summary, self.shape = run, summary, shape
         self.takes, self.answers = takes or TAKES.get(method, ()), answers
-        self.writes, self.problems = method not in SAFE, problems
+        self.writes = method not in SAFE
         self.params = (*params, "dry_run") if self.writes else params
         self.bulk = self.writes and not path.endswith(":id>")
         self.status = 201 if method == "POST" else 200
@@ -3622,7 +3620,7 @@ def row_operations(shape: Shape) -> tuple[Operation, ...]:
         on(f"list_{rows}", "GET", many, list_rows, f"The {title} list of a user."),
         on(f"get_{row}", "GET", one, get_row, f"One {title} of a user."),
         on(f"create_{row}", "POST", many, save_rows,
-            f"Add a {title} to a user, or many.", problems=(409,)),
+            f"Add a {title} to a user, or many."),
         on(f"replace_{rows}", "PUT", many, save_rows,
             f"Replace each {title} of a user that the items name."),
         on(f"merge_{rows}", "PATCH", many, save_rows,
@@ -3646,25 +3644,23 @@ OPERATIONS = (
         "One user.", ("fields", "format"), answers=ALL),
     Operation("create_user", "POST", "/user", save_users,
         "Create a user, or many; CSV and NDJSON are imported, and their users counted.",
-        ("conflict",), ALL, problems=(409,)),
+        ("conflict",), ALL),
     Operation("replace_users", "PUT", "/user", save_users,
-        "Replace name and mail of each of the items' users.", problems=(409,)),
+        "Replace name and mail of each of the items' users."),
     Operation("merge_users", "PATCH", "/user", save_users,
-        "Merge each of the items into the user that it names (RFC 7396).",
-        problems=(409,)),
+        "Merge each of the items into the user that it names (RFC 7396)."),
     Operation("delete_users", "DELETE", "/user", delete_users,
         "Delete the users that the parameter id names.", ("id",)),
     Operation("replace_user", "PUT", "/user/<id:id>", save_users,
-        "Replace a user's name and mail, in v2 also the lists that are sent.",
-        problems=(409,)),
+        "Replace a user's name and mail, in v2 also the lists that are sent."),
     Operation("merge_user", "PATCH", "/user/<id:id>", save_users,
-        "Merge the item into a user (RFC 7396).", problems=(409,)),
+        "Merge the item into a user (RFC 7396)."),
     Operation("delete_user", "DELETE", "/user/<id:id>", delete_users,
         "Delete a user with its phone numbers and addresses."),
     *(operation for shape in SHAPES.values() for operation in row_operations(shape)),
     Operation("list_changes", "GET", "/changes", list_changes,
         "Who changed which members of whom; as server-sent events it stays open.",
-        ("since", "limit"), answers=(JSON, EVENTS), problems=(410,)),
+        ("since", "limit"), answers=(JSON, EVENTS)),
     Operation("get_page", "GET", "/", get_page, "The admin page.", answers=(HTML,)),
     Operation("get_reference", "GET", "/docs",
         lambda call: html_answer(reference(call.prefix)),
@@ -4264,7 +4260,7 @@ def follows(found: Operation) -> list[Any]:
     there: dict[tuple[Any, ...], Any] = {
         ("If-Match", 412): one_user,
         ("If-None-Match", 412): users and not writes,
-        ("Last-Event-ID",): EVENTS in found.answers,
+        ("Last-Event-ID", 410): EVENTS in found.answers,
         ("ETag",): users and found.method != "DELETE",
         ("Location", "Idempotency-Replayed"): found.method == "POST",
         ("Link",): "limit" in found.params,
@@ -4272,6 +4268,7 @@ def follows(found: Operation) -> list[Any]:
         (401, 429): found.path != "/health",
         (404,): "<" in found.path or writes and found.method != "POST",
         (405,): writes and found.path == "/user/<id:id>",  # none of them at /user/0
+        (409,): found.takes if found.shape is USER else found.method == "POST",
         (411, 413, 415): found.takes,
         (422, 507): writes,
         (428,): one_user and not found.bulk,
@@ -4429,7 +4426,7 @@ def responses_of(found: Operation, form: str) -> Item:
     status, _, done = STATUS[found.status].partition(" ")
     success = {"description": done, "content": content, "headers": headers}
     known = {"304": {"description": "Not modified"}} if "If-None-Match" in told else {}
-    problems = sorted({*found.problems, *told} & PROBLEMS.keys())
+    problems = sorted(PROBLEMS.keys() & told)
     problem = {str(each): ref(f"Problem{each}", "responses") for each in problems}
     return {status: success, **known, **problem}
 
