@@ -2945,6 +2945,7 @@ def test_a_page_starts_where_the_last_ended_whatever_was_written(client):
     [
         '["id", "1", 1]',
         f'["id", {2**63}, 1]',
+        '["id", true, true]',
         '["name", 1, 1]',
         r'["name", "\ud800", 1]',
         "[1, 1, 1]",

@@ -2816,8 +2816,10 @@ def read_cursor(value: str) -> tuple[str, Any, int]:
         padded = value + "=" * (-len(value) % 4)
         cursor = json.loads(base64.b64decode(padded, b"-_", validate=True))
         sort, key, id = cursor
-        whole = isinstance(id, int) and abs(id) < 2**63 and sort.lstrip("-") in SORTS
-        if not whole or not (key == id if sort.endswith("id") else type(key) is str):
+        whole = type(id) is int and abs(id) < 2**63 and sort.lstrip("-") in SORTS
+        if not whole or type(key) is not (int if sort.endswith("id") else str):
+            raise ValueError
+        if key != id and type(key) is int:
             raise ValueError
         exact_bytes(key)
     except (ValueError, TypeError, AttributeError, RecursionError):
