@@ -6326,6 +6326,8 @@ def write_file(path: str, chunks: Iterable[bytes]) -> None:
 
 
 def run_backup(file: str, **given: Any) -> None:
+    if file == "-":
+        raise SettingError("a backup is a file, not standard output")
     with open_given(given) as store, Progress("pages") as bar:
         store.backup(file, lambda done, total: bar.show(done, done / max(total, 1)))
 
@@ -6342,6 +6344,8 @@ def run_check(**given: Any) -> int:
 
 def run_token(action: str, name: str, read_only: bool, **given: Any) -> None:
     """Add, list or revoke named tokens; a token is shown this once."""
+    if read_only and action != "add" or name and action == "list":
+        raise SettingError("it is: add NAME [--read-only], list, or revoke NAME")
     if action != "list" and not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name):
         raise SettingError("a token's name is 1 to 64 of A-Z a-z 0-9 . _ @ -")
     if action == "add" and name == "admin":
