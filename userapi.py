@@ -315,14 +315,16 @@ def to_json(value: Any) -> bytes:
 
 
 DISK_FULL = "there is no room on the disk"
-#: from the first of these in SQLite's message to the problem that it is
+#: from the first of these in SQLite's message, or an SQLSTATE, to the problem it is
 DATABASE_PROBLEMS = (
-    ("full", 507, DISK_FULL),
+    ("full|53100", 507, DISK_FULL),
     ("disk I/O error", 507, "the disk does not take what is written"),
-    ("locked", 503, "another program holds the database"),
-    ("readonly", 503, "the database is read-only"),
+    ("locked|55P03", 503, "another program holds the database"),
+    ("readonly|0A000|25006|42501", 503, "the database is read-only"),
     ("unable to open", 503, "the database cannot be opened"),
     ("no such column", 503, "the database is of an old version and read-only"),
+    ("42P01|XX00.", 503, "the database is damaged"),
+    ("NUL", 422, "PostgreSQL keeps no text with U+0000 in it"),
 )
 
 
@@ -334,10 +336,11 @@ def database_problem(fault: Exception) -> Problem:
     """What a fault of SQLite means to a client; its text stays here."""
     name = getattr(fault, "sqlite_errorname", "")
     for part, status, detail in DATABASE_PROBLEMS:
-        if part in str(fault):
+        if re.search(part, str(fault)):
             if name.startswith("SQLITE_IOERR") and "WRITE" not in name:
                 return busy("the disk does not answer", 5)
-            return Problem(status, detail, headers=[("Retry-After", "5")])
+            later = [("Retry-After", "5")] if status >= 500 else []
+            return Problem(status, detail, headers=later)
     if isinstance(fault, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):
         raise fault
     return Problem(503, "the database is damaged", headers=[("Retry-After", "60")])
@@ -853,25 +856,6 @@ def rows_sql(shape: Shape) -> list[str]:
     return statements
 
 
-#: what SQLite has by itself, or does in a trigger above (to it, these are comments)
-POSTGRES_MADE = (
-    "/*pg CREATE FUNCTION json_quote(text) RETURNS text IMMUTABLE PARALLEL SAFE"
-    " LANGUAGE sql AS $$ SELECT coalesce(to_json($1)::text, 'null') $$*/",
-    "/*pg CREATE VIEW sqlite_sequence AS SELECT 'users' AS name, greatest("
-    "(SELECT max(user_id) FROM users), (SELECT max(user_id) FROM graves)) AS seq*/",
-    "/*pg CREATE FUNCTION bury() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-    " DELETE FROM user_phone WHERE user_id = OLD.user_id;"
-    " DELETE FROM user_address WHERE user_id = OLD.user_id;"
-    " INSERT INTO graves VALUES (OLD.user_id, OLD.version) ON CONFLICT (user_id)"
-    " DO UPDATE SET version = excluded.version; RETURN NULL; END $$*/",
-    "/*pg CREATE TRIGGER users_delete AFTER DELETE ON users FOR EACH ROW"
-    " EXECUTE FUNCTION bury()*/",
-    # for q; without the right to make it, or the module, all users are looked at
-    "/*pg DO $$ BEGIN CREATE EXTENSION IF NOT EXISTS pg_trgm;"
-    " CREATE INDEX users_by_text ON users USING gin"
-    " (name_fold gin_trgm_ops, mail_fold gin_trgm_ops);"
-    " EXCEPTION WHEN OTHERS THEN NULL; END $$*/",
-)
 #: Each step takes the schema one version further; PRAGMA user_version counts them.
 #: Version 0 is the first application's, whose own INSERT goes on working.
 MIGRATIONS = (
@@ -924,7 +908,6 @@ MIGRATIONS = (
         + f" WHERE NOT EXISTS (SELECT 1 FROM changes WHERE seq = {_LAST_SEQ}"
         " AND op = 'delete' AND user = OLD.user_id); END",
         f"PRAGMA application_id = {APPLICATION_ID}",
-        *POSTGRES_MADE,
     ),
     (
         # before, a user whose id another program changed left its phones behind
@@ -1002,6 +985,7 @@ TABLES_SQL = (
 )
 CHANGE = ("seq", "at", "actor", "op", "user", "fields")
 INTO_CHANGES = 'changes (seq, at, actor, op, "user", fields)'
+NAMES_SQL = "SELECT name FROM sqlite_master"
 #: the indexes and triggers of users, but those that SQLite makes for itself
 ASIDE_SQL = (
     "SELECT type, name, sql FROM sqlite_master WHERE tbl_name = 'users'"
@@ -1215,8 +1199,7 @@ class Database:
     committed. Methods raise Problem and may be called from any thread.
     """
 
-    #: what it means that the database rolled a whole group back
-    lost: tuple[Any, ...] = (507, DISK_FULL)
+    migrations: tuple[tuple[str, ...], ...] = MIGRATIONS
 
     def __init__(
         self,
@@ -1229,6 +1212,7 @@ class Database:
         self.keep_changes, self.on_change = keep_changes, on_change
         self.read_only, self.immutable, self.wal = False, False, True
         self.memory = path == ":memory:"
+        self.in_file = not path.startswith((":memory:", *POSTGRESQL))
         self._lock = threading.RLock() if self.memory else contextlib.nullcontext()
         self._scope = Scope()
         self._pool: list[sqlite3.Connection] = []  # that nobody uses
@@ -1245,9 +1229,10 @@ class Database:
         self._highest: int | None = None  # id; while the database is ours to write
         self._identity: tuple[int, int] | None = None
         self._soon: set[tuple[str, tuple[Any, ...]]] = set()
+        self.impatient = 0  # the thread that is never to wait for the database
         self._page_size = 0
         self._low = False  # little room is left: look at each write
-        if not self.memory:
+        if self.in_file:
             self._refuse_foreign()
         try:
             self._give(self._prepare())
@@ -1345,6 +1330,8 @@ class Database:
             db.execute("SELECT json_quote('')")
         except sqlite3.OperationalError:  # SQLite before 3.38 may be without JSON
             db.create_function("json_quote", 1, lambda v: to_json(v).decode())
+        # of bytes, as what older programs stored need not be UTF-8
+        db.create_function("fold", 1, lambda b: fold(b.decode("utf-8", "replace")))
         return db
 
     def _prepare(self) -> sqlite3.Connection:
@@ -1357,20 +1344,16 @@ class Database:
             try:
                 db = self._connect()
                 if not self.read_only:
-                    # of bytes, as what older programs stored need not be UTF-8
-                    db.create_function(
-                        "fold", 1, lambda b: fold(b.decode("utf-8", "replace"))
-                    )
                     self._migrate(db)
                 else:
                     db.execute("SELECT version FROM users LIMIT 1").fetchall()
-                return db
+                break
             except sqlite3.OperationalError as fault:
                 unwritable = ("readonly", "unable to open", "no such column")
-                if self.immutable or not any(part in str(fault) for part in unwritable):
+                known = any(part in str(fault) for part in unwritable)
+                if self.immutable or not self.in_file or not known:
                     raise
-                last = fault
-        raise last
+        return db
 
     def _migrate(self, db: sqlite3.Connection) -> None:
         """Take the schema to what this version wants, in one transaction."""
@@ -1391,24 +1374,28 @@ class Database:
         """The statements that the database lacks: migrations, the columns of fields
         that are new in the tables above, the index of unique_mail."""
         (version,) = db.execute("PRAGMA user_version").fetchone()
+        if not 0 <= version <= len(MIGRATIONS):
+            told = "its table users is of another program or of a newer userapi"
+            raise Problem(503, told)
         if version < len(MIGRATIONS):
-            yield from itertools.chain(*MIGRATIONS[version:])
+            yield from itertools.chain(*self.migrations[version:])
             yield f"PRAGMA user_version = {len(MIGRATIONS)}"
             return
         for table, shape in TABLES.items():
-            there = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
+            found = db.execute(f"SELECT * FROM {table} LIMIT 0")
+            there = {column[0] for column in found.description}
             for field in shape.columns:
                 if field.column not in there:
                     declared = f"{field.column} TEXT NOT NULL DEFAULT ''"
                     yield f"ALTER TABLE {table} ADD COLUMN {declared}"
-        indexes = {row[1] for row in db.execute("PRAGMA index_list(users)")}
-        if self.unique_mail and "users_unique_mail" not in indexes:
+        unique = ("users_unique_mail",) in db.execute(NAMES_SQL).fetchall()
+        if self.unique_mail and not unique:
             refuse_shared_mail(db)
             yield (
                 "CREATE UNIQUE INDEX users_unique_mail ON users (mail_fold)"
                 " WHERE mail_fold <> ''"
             )
-        elif not self.unique_mail and "users_unique_mail" in indexes:
+        elif unique and not self.unique_mail:
             yield "DROP INDEX users_unique_mail"
 
     def do_without_log(self) -> None:
@@ -1509,7 +1496,7 @@ class Database:
 
     def _end_part(self, scope: Transaction, db: sqlite3.Connection, keep: bool) -> None:
         if not db.in_transaction:  # SQLite rolled the whole group back
-            self._group_fault = Problem(*self.lost)
+            self._group_fault = Problem(507, DISK_FULL)
             return
         kept = False
         try:
@@ -1570,13 +1557,19 @@ class Database:
         db.execute(f"PRAGMA synchronous = {'FULL' if self.wal else 'EXTRA'}")
 
     def _insert_rows(self, db: Any, into: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Insert rows, many with one statement, which saves a third of the time."""
+        """Insert rows; mostly it is one."""
         rows = iter(rows)
+        first = list(itertools.islice(rows, 2))
+        if len(first) == 1:
+            db.execute(insert_sql(into, 1, len(first[0])), first[0])
+        elif first:
+            self._insert_many(db, into, itertools.chain(first, rows))
+
+    def _insert_many(self, db: Any, into: str, rows: Iterator[Sequence[Any]]) -> None:
+        """Insert many with one statement, which saves a third of the time."""
         while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
             sql = insert_sql(into, len(some), len(some[0]))
             db.execute(sql, list(itertools.chain.from_iterable(some)))
-
-    # The log of what is changed
 
     def _now(self) -> str:
         assert self._scope.transaction is not None
@@ -1636,7 +1629,7 @@ class Database:
     def _room(self) -> int:
         """Bytes that the file may grow by, on the disk and by the process's limit,
         without those that are spared for the log and for deleting."""
-        if self.memory or self.read_only or not hasattr(os, "statvfs"):
+        if not self.in_file or self.read_only or not hasattr(os, "statvfs"):
             return sys.maxsize
         import resource
 
@@ -1650,7 +1643,7 @@ class Database:
 
     def _file_size(self) -> int:
         """The size of the database's file, which must be the one that was opened."""
-        if self.memory:
+        if not self.in_file:
             return 0
         try:
             found = os.stat(self.path)
@@ -1667,7 +1660,7 @@ class Database:
         They stand in the log first, hence twice. What adds no page passes, so that
         deleting helps, and what it has freed can be used again.
         """
-        if self.memory:
+        if not self.in_file:
             return
         if not self._page_size:
             ((self._page_size,),) = db.execute("PRAGMA page_size")
@@ -1707,7 +1700,7 @@ class Database:
 
     def open_group(self) -> None:
         """From now on this thread's transactions are parts of a group."""
-        self._group = self._connect()
+        self._group = self._group or self._connect()
         self._group.execute("PRAGMA busy_timeout = 0")
         self._group_thread = threading.get_ident()
         self._make_room(self._group)
@@ -2172,7 +2165,8 @@ class Store(Database):
     def has_tokens(self) -> bool:
         """Whether any named token is in the database (looked up once in 2 ms)."""
         known, until = self._has_tokens
-        if until < (now := time.monotonic()):
+        patient = threading.get_ident() != self.impatient
+        if patient and until < (now := time.monotonic()):
             known = bool(self.rows("SELECT 1 FROM tokens LIMIT 1"))
             self._has_tokens = known, now + 0.002
         return known
@@ -2221,9 +2215,10 @@ class Store(Database):
     def check(self) -> list[str]:
         """What is not whole in the database; an empty list where all is well."""
         found = [row[0] for row in self.rows("PRAGMA integrity_check(20)")]
-        there = {name for (name,) in self.rows("SELECT name FROM sqlite_master")}
+        there = {name for (name,) in self.rows(NAMES_SQL)}
         made = re.findall(
-            r"CREATE (?:TABLE|INDEX|TRIGGER)(?: IF NOT EXISTS)? (\w+)", self._made()
+            r"""["']CREATE (?:TABLE|INDEX|TRIGGER|RULE)(?: IF NOT EXISTS)? (\w+)""",
+            str(self.migrations),
         )
         found += [f"{name} is missing" for name in made if name not in there]
         for name in SHAPES:
@@ -2232,10 +2227,6 @@ class Store(Database):
             if orphans:
                 found.append(f"{orphans} rows of user_{name} have no user")
         return [fault for fault in found if fault != "ok"]
-
-    def _made(self) -> str:
-        """The statements that make all that has to be there."""
-        return re.sub(r"/\*pg.*?\*/", "", str(MIGRATIONS))
 
     def backup(self, path: str, progress: Callable[[int, int], None]) -> None:
         """A consistent copy under `path`, whole or not at all, while others write."""
@@ -2539,57 +2530,50 @@ def nothing_there(kind: str, ids: Sequence[int]) -> Problem:
 # What PostgreSQL does otherwise
 
 BEGIN = "BEGIN IMMEDIATE"
-#: to write: one at a time, and nobody who stands still or was cut off for long
-_LOCK = (
-    "BEGIN READ WRITE; SET LOCAL lock_timeout = '5s';"
-    " SET LOCAL idle_in_transaction_session_timeout = '30s';"
-    f" SELECT pg_advisory_xact_lock({APPLICATION_ID}, hashtext(current_schema()))"
-)
-_HERE = "relnamespace = current_schema()::regnamespace"
-_VERSION = r"substring(obj_description(oid, 'pg_class') FROM '^userapi ([0-9]+)$')::int"
-#: from SQLite's words (patterns) to PostgreSQL's; `/*pg …*/` is for the latter alone
+#: from SQLite's words (patterns) to PostgreSQL's; `/*pg …*/` is for the latter alone.
+#: To write takes a lock: one at a time, and nobody who stands still for long.
 DIALECT = (
-    (r"(?s)^(CREATE TRIGGER|DROP TRIGGER|UPDATE users SET version = 1,).*", ""),
-    (BEGIN, _LOCK),
-    (r"^PRAGMA user_version$", f"SELECT coalesce(max(coalesce({_VERSION}, -1)), 0)"
-        f" FROM pg_class WHERE {_HERE} AND relname = 'users'"),
+    (BEGIN, "SET TRANSACTION READ WRITE; SET LOCAL lock_timeout = '5s';"
+        " SET LOCAL idle_in_transaction_session_timeout = '30s'; SELECT"
+        f" pg_advisory_xact_lock({APPLICATION_ID}, hashtext(current_schema())); BEGIN"),
+    ("^COMMIT$", "SELECT 1; COMMIT"),  # the first of which fails after a fault
+    (r"^PRAGMA user_version$", "SELECT coalesce(max(coalesce(substring(obj_description("
+        "oid, 'pg_class'), '^userapi ([0-9]+)$')::int, -1)), 0) FROM pg_class WHERE"
+        " relname = 'users' AND relnamespace = current_schema()::regnamespace"),
     (r"^PRAGMA user_version = (\d+)", r"COMMENT ON TABLE users IS 'userapi \1'"),
-    (r"^PRAGMA table_info\((\w+)\)",
-        r"SELECT 0, attname FROM pg_attribute WHERE attrelid = '\1'::regclass"),
-    (r"^PRAGMA index_list\((\w+)\)", "SELECT 0, relname FROM pg_class JOIN pg_index"
-        r" ON indexrelid = oid WHERE indrelid = '\1'::regclass"),
     (r"^PRAGMA integrity_check.*", "SELECT 'ok'"),
-    (r"^PRAGMA.*", ""),
-    (r"^SELECT type, name, sql FROM sqlite_master.*",
-        "SELECT 'INDEX', indexname, indexdef FROM pg_indexes WHERE schemaname ="
-        " current_schema() AND tablename = 'users' AND indexname LIKE 'users_by_%'"),
-    (r"^SELECT name FROM sqlite_master$",
-        f"SELECT relname FROM pg_class WHERE {_HERE} UNION ALL SELECT tgname"
-        f" FROM pg_trigger JOIN pg_class AS c ON c.oid = tgrelid WHERE c.{_HERE}"),
-    (r"^(CREATE INDEX users_by_\w+ ON users \(\w+)", r"\1, user_id"),
-    (r" INTEGER PRIMARY KEY AUTOINCREMENT", " bigint PRIMARY KEY"),
+    (r"(?s)^(PRAGMA|(CREATE|DROP) TRIGGER|UPDATE users SET version = 1,).*", ""),
+    (r"^DELETE FROM users .*", r"WITH u AS (\g<0> RETURNING user_id, version),"
+        " p AS (DELETE FROM user_phone AS p USING u WHERE p.user_id = u.user_id),"
+        " a AS (DELETE FROM user_address AS a USING u WHERE a.user_id = u.user_id)"
+        " INSERT INTO graves SELECT * FROM u"
+        " ON CONFLICT (user_id) DO UPDATE SET version = excluded.version"),
+    (r"seq( AS n FROM) sqlite_sequence WHERE name = 'users'", r"max(user_id)\1 graves"),
+    (r"^(CREATE INDEX users_by_\w+ ON users \(\w+)\)", r"\1, user_id)"),
+    (r" AUTOINCREMENT| WITHOUT ROWID", ""),
     (r"(?<! AS) INTEGER\b", " bigint"),
     (r"(?<! AS) TEXT\b", ' text COLLATE "C"'),
     (r"(?<! AS) BLOB\b", " bytea"),
     (r"CAST\((users\.\w+) AS BLOB\)", r"\1"),
-    (r" WITHOUT ROWID", ""),
-    (r"(?s)/\*pg (.*?)\*/", r"\1"),
+    (r"/\*pg (.*?)\*/", r"\1"),
     (r"group_concat\(", "string_agg("),
-    (r'(?<!["\w])user(?=,| bigint| \|\|)', '"user"'),  # a reserved word
+    (r"json_quote\((.*?\))\)", r"coalesce(to_json(\1), 'null')"),
     (r"instr\((\w+), \?\) > 0",
         r"\1 LIKE '%' || regexp_replace(?, '([\\\\%_])', '\\\\\\1', 'g') || '%'"),
 )  # fmt: skip
-#: from an SQLSTATE to words that SQLite has for it
-SQLSTATES = {
-    "55P03": "locked", "40001": "locked", "40P01": "locked", "53100": "full",
-    "0A000": "readonly", "25006": "readonly", "42501": "readonly",
-    "XX001": "malformed", "XX002": "malformed", "42P01": "malformed",
-}  # fmt: skip
+POSTGRES_MADE = (
+    "CREATE VIEW sqlite_master AS SELECT relname AS name, 'users' AS tbl_name,"
+    " CASE WHEN relname LIKE 'users_by_%' THEN 'index' END AS type,"
+    " pg_get_indexdef(oid) AS sql FROM pg_class"
+    " WHERE relnamespace = current_schema()::regnamespace",
+    # for q; without the right to make it, or the module, all users are looked at
+    "DO $$ BEGIN CREATE EXTENSION IF NOT EXISTS pg_trgm; CREATE INDEX users_by_text ON"
+    " users USING gin (name_fold gin_trgm_ops, mail_fold gin_trgm_ops);"
+    " EXCEPTION WHEN OTHERS THEN NULL; END $$",
+)
 #: how long to wait for a server that does not answer, where the URL does not say
-PATIENCE = {
-    "connect_timeout": 3, "tcp_user_timeout": 10_000,
-    "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3,
-}  # fmt: skip
+PATIENCE = "connect_timeout=3 tcp_user_timeout=10000 keepalives_idle=5"
+PATIENCE += " keepalives_interval=2 keepalives_count=3"
 
 
 @functools.lru_cache(maxsize=512)
@@ -2610,168 +2594,70 @@ class Postgres:
     def __init__(self, url: str) -> None:
         try:
             import psycopg
+
+            given = psycopg.conninfo.conninfo_to_dict(url)
         except ImportError:
-            raise SettingError(
-                "db: PostgreSQL needs psycopg: pip install 'psycopg[binary]'"
-            ) from None
-        self.url = url
-        self.driver: Any = psycopg
+            told = "db: PostgreSQL needs psycopg: pip install 'psycopg[binary]'"
+            raise SettingError(told) from None
+        except psycopg.ProgrammingError:  # whose text may hold the password
+            raise SettingError("db: that is no URL of PostgreSQL") from None
+        where = psycopg.conninfo.make_conninfo(PATIENCE, **given)
+        self.connect = functools.partial(psycopg.connect, where, autocommit=True)
+        self.driver, self.in_transaction, self.until = psycopg, False, 0.0
         self.raw: Any = None
-        self.begun, self.until = False, math.inf
+
+    def close(self) -> None:
+        if self.raw:
+            self.raw.close()
 
     def open(self) -> None:
         self.close()
-        given = {**PATIENCE, **self.driver.conninfo.conninfo_to_dict(self.url)}
-        self.until, began = math.inf, time.monotonic()
+        self.until = 0.0
         try:
-            self.raw = self.driver.connect(autocommit=True, **given)
+            self.raw, self.until = self.connect(), math.inf
         except self.driver.OperationalError:
-            if given.pop("target_session_attrs", "any") == "any":
-                raise
-            self.raw = self.driver.connect(autocommit=True, **given)
-            now = time.monotonic()  # the longer it takes to find that out, the rarer
-            self.until = now + max(1, 10 * (now - began))
+            self.raw = self.connect(target_session_attrs="any")
+            self.until = time.monotonic() + 10
 
-    def close(self) -> None:
-        if self.raw is not None:
-            self.raw.close()
-        self.raw = None
-
-    @property
-    def in_transaction(self) -> bool:
-        return self.begun and 1 <= self.raw.pgconn.transaction_status <= 3
-
-    def execute(self, sql: str, values: Sequence[Any] = ()) -> Any:
-        text = translate(sql)
+    def execute(self, sql: str, values: Iterable[Any] = (), again: bool = True) -> Any:
+        text, begins, inside = translate(sql), sql == BEGIN, self.in_transaction
+        self.in_transaction = inside and sql not in ("COMMIT", "ROLLBACK")
+        if not text or inside and sql == "ROLLBACK" and self.raw.closed:
+            return None  # what is SQLite's alone, or has been done by breaking
+        now = math.inf if begins else time.monotonic()
+        if not inside:
+            values = [v.replace("\0", "\1") if type(v) is str else v for v in values]
         try:
-            if text and self.begun and sql != BEGIN:
-                return self.raw.execute(text, values or None)
-            return self.begin(text, values, sql == BEGIN) if text else iter(())
-        except self.driver.Error as fault:
-            raise self.fault(fault) from fault
-        finally:
-            self.begun = self.begun and sql not in ("COMMIT", "ROLLBACK")
-
-    def begin(self, text: str, values: Sequence[Any], begins: bool) -> Any:
-        """Execute what reads or begins, if need be over another connection."""
-        self.begun = False
-        if begins and self.until < math.inf:
-            self.until = 0  # perhaps one takes writes by now
-        if self.raw is None or self.raw.closed or time.monotonic() > self.until:
-            self.open()
-        values = [v.replace("\0", "\uffff") if type(v) is str else v for v in values]
-        for last in (False, True):
-            try:
-                found = self.raw.execute(text, values or None)
-                self.begun = begins
-                return found
-            except self.driver.Error:
-                if not self.raw.closed:
-                    self.raw.rollback()
-                if last or not self.raw.closed:
-                    raise
+            if not inside and (now > self.until or self.raw.closed):
                 self.open()
-
-    def copy(self, into: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Insert rows the quickest way there is."""
-        try:
-            with self.raw.cursor().copy(f"COPY {into} FROM STDIN") as copy:
-                for row in rows:
-                    copy.write_row(row)
+            run: Any = self.copy if sql.startswith("COPY") else self.raw.execute
+            found = run(text, values or None)
+            self.in_transaction = self.in_transaction or begins
+            return found
+        except self.driver.OperationalError as lost:
+            if again and not inside and self.until and self.raw.closed:
+                return self.execute(sql, values, again=False)
+            raise sqlite3.OperationalError(f"unable to open {lost.sqlstate}") from lost
         except self.driver.Error as fault:
-            raise self.fault(fault) from fault
+            raise sqlite3.ProgrammingError(fault.sqlstate or str(fault)) from fault
 
-    def fault(self, fault: Any) -> Exception:
-        """The fault as sqlite3 names it."""
-        state = fault.sqlstate or ""
-        if "NUL" in str(fault):
-            return Problem(422, "PostgreSQL keeps no text with U+0000 in it")
-        if state in SQLSTATES:
-            return sqlite3.OperationalError(SQLSTATES[state])
-        if isinstance(fault, self.driver.OperationalError):
-            return sqlite3.OperationalError("unable to open")
-        return sqlite3.ProgrammingError(str(fault))
+    def copy(self, text: str, rows: Iterable[Any]) -> None:
+        with self.raw.cursor().copy(text) as copy:
+            for row in rows:
+                copy.write_row(row)
 
 
 class PostgresStore(Store):
     """Users in PostgreSQL, for any number of processes that write one at a time."""
 
-    lost = (503, "the database went away", (), [("Retry-After", "5")])
-    _loop_thread = 0
-
-    def _refuse_foreign(self) -> None:
-        """The first connection finds out."""
+    migrations = tuple(tuple(map(translate, step)) for step in MIGRATIONS)
+    migrations = ((*migrations[0], *POSTGRES_MADE), *migrations[1:])
 
     def _connect(self) -> Any:
         return Postgres(self.path)
 
-    def _prepare(self) -> Any:
-        db = self._connect()
-        try:
-            ((version,),) = db.execute("PRAGMA user_version")
-        except sqlite3.OperationalError as fault:
-            told = re.split(r"\n(?!\s)", str(fault.__cause__).strip())[-1]
-            raise Problem(503, f"cannot be opened: {' '.join(told.split())}") from fault
-        if not 0 <= version <= len(MIGRATIONS):
-            whose = "a newer userapi" if version > 0 else "another program"
-            raise Problem(503, f"its table users is of {whose}")
-        self._migrate(db)
-        return db
-
-    def _file_size(self) -> int:
-        return 0
-
-    def _give(self, db: Any) -> None:
-        if db.begun:  # it broke within a transaction
-            db.close()
-        else:
-            super()._give(db)
-
-    def _commit(
-        self, db: Any, keep: bool, frees: bool, log: Log, changes: list[Item]
-    ) -> None:
-        try:
-            if keep:
-                self._write_log(db, log, changes)
-                well = db.in_transaction
-                if not well or db.execute("COMMIT").statusmessage != "COMMIT":
-                    raise sqlite3.OperationalError("unable to open")
-        finally:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-
-    def _make_room(self, db: Any) -> None:
-        """That is the server's affair."""
-
-    def _insert_rows(self, db: Any, into: str, rows: Iterable[Sequence[Any]]) -> None:
-        rows = iter(rows)
-        first = list(itertools.islice(rows, 2))
-        if len(first) < 2:
-            super()._insert_rows(db, into, first)
-        else:
-            db.copy(into, itertools.chain(first, rows))
-
-    def open_group(self) -> None:
-        """Groups are run in threads; this thread is never to wait for the database."""
-        self._loop_thread = threading.get_ident()
-        self._group = self._connect()
-
-    def begin_group(self, wait: bool = False) -> bool:
-        self._group_thread = threading.get_ident()
-        return super().begin_group(wait=True)
-
-    def has_tokens(self) -> bool:
-        """As the Store's; while nobody answers, or in the loop's thread, what was known
-        last."""
-        if threading.get_ident() != self._loop_thread:
-            with contextlib.suppress(Problem):
-                return super().has_tokens()
-        return self._has_tokens[0]
-
-    def _made(self) -> str:
-        """But what may not be there, as an extension may not be."""
-        texts = map(translate, itertools.chain(*MIGRATIONS))
-        return " ".join(text for text in texts if not text.startswith("DO "))
+    def _insert_many(self, db: Any, into: str, rows: Iterable[Sequence[Any]]) -> None:
+        db.execute(f"COPY {into} FROM STDIN", rows)
 
     def backup(self, path: str, progress: Callable[[int, int], None]) -> None:
         raise Problem(503, "backup copies a file: for PostgreSQL there is pg_dump")
@@ -4128,6 +4014,8 @@ def open_store(
         )
     except Problem as problem:
         told = f"{show_db(settings.db)}: {problem.detail}"
+        if why := problem.__cause__ and problem.__cause__.__cause__:  # PostgreSQL's
+            told += f": {' '.join(str(why).split())}"
         raise Problem(problem.status, told) from problem
 
 
@@ -5843,7 +5731,8 @@ class Server:
         done: list[tuple[Turn, Any]] = []
 
         def work() -> None:
-            self.store.begin_group()
+            self.store.open_group()
+            self.store.begin_group(wait=True)
             done.extend((turn, turn[0].call(turn[1])) for turn in turns)
             self.commit()
 
@@ -5984,12 +5873,13 @@ class Server:
         self.loop = asyncio.get_running_loop()
         self.loop.set_exception_handler(self.tell)
         self.stopped = asyncio.Event()
-        if self.group:
-            self.store.open_group()
         if self.remote:
             from concurrent.futures import ThreadPoolExecutor
 
+            self.store.impatient = threading.get_ident()
             self.readers = ThreadPoolExecutor(THREADS)
+        elif self.group:
+            self.store.open_group()
         self.sweep()
         self.handle_signals()
         servers = await self.listen(sockets)

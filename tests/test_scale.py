@@ -165,6 +165,12 @@ def test_a_database_that_is_not_there_is_told_in_a_line():
     assert "refused" in err and "secret" not in err
 
 
+def test_a_url_that_is_none_is_told_in_a_line():
+    status, out, err = run("serve", "--db", "postgresql://someone:secret%@localhost/x")
+    assert (status, out) == (2, "") and len(err.splitlines()) == 1
+    assert "URL" in err and "secret" not in err
+
+
 def test_without_psycopg_a_line_says_how_to_get_it():
     code = "import sys; sys.modules['psycopg'] = None; import userapi;"
     code += " sys.exit(userapi.main(['check', '--db', 'postgresql://localhost/x']))"
