@@ -4766,6 +4766,20 @@ def test_connections_and_bodies_in_flight_are_bounded(db):
         wait_until(lambda: server.bodies == 0)
 
 
+def test_one_body_as_long_as_it_may_be_is_never_too_much(db):
+    head = f"{JSON_POST}Expect: 100-continue|Content-Length: 800||"
+    with contextlib.ExitStack() as stack:
+        app = UserAPI(str(db), max_bodies=100, max_body=800)
+        _, url = stack.enter_context(hosting(app))
+        one, two = [stack.enter_context(dial(url)) for _ in range(2)]
+        one.sendall(head.replace("|", "\r\n").encode())
+        assert b"100 Continue" in one.recv(99)
+        two.sendall(head.replace("|", "\r\n").encode())
+        assert statuses(hear(two)) == [503]
+        one.sendall(JSON_BODY.encode().ljust(800))
+        assert b"201 Created" in one.recv(65536)
+
+
 def test_a_write_waits_for_another_program_and_reads_do_not(db):
     with hosting(UserAPI(str(db))) as (_, url):
         with contextlib.closing(another(db)) as other:

@@ -135,7 +135,7 @@ SETTINGS = (
     Setting("keep_changes", 100_000, "rows that the log of changes keeps"),
     Setting("max_body", 8 << 20, "bytes of a request's body"),
     Setting("max_items", 10_000, "items of a request"),
-    Setting("max_bodies", 32 << 20, "bytes of all bodies in flight"),
+    Setting("max_bodies", 32 << 20, "bytes of all bodies in flight; max_body at least"),
     Setting("max_connections", 512, "connections at a time"),
     Setting("max_line", 8192, "bytes of a request line"),
     Setting("max_head", 16384, "bytes of a header section"),
@@ -5346,7 +5346,7 @@ class Connection(asyncio.Protocol):
         self.server.bodies += size
         if self.held > self.settings.max_body:
             raise Problem(413, f"{self.settings.max_body} bytes are the most")
-        if self.server.bodies > self.settings.max_bodies:
+        if self.server.bodies > max(self.settings.max_bodies, self.settings.max_body):
             raise busy("too many bodies are under way")
 
     def release(self) -> None:
