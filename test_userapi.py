@@ -832,6 +832,15 @@ def test_name_is_refused(play, sent):
     play(post({"name": sent, "mail": "a@b"}, 422, at("#/item/name")))
 
 
+def test_a_name_of_very_many_marks_is_refused_at_once(client):
+    """To put n marks in order takes n² steps: these would take 10 s."""
+    begun = time.monotonic()
+    name = "a" + "\u0301\u0316" * 50_000
+    answer = client("POST /api/user", {"item": {"name": name, "mail": "a@b"}})
+    assert answer.json["detail"] == "name has 100001 characters; 200 are the most"
+    assert time.monotonic() - begun < 3
+
+
 @pytest.mark.parametrize("sent", MAILS)
 def test_mail_is_kept_as_written(play, sent):
     assert len(sent) <= 254

@@ -454,7 +454,9 @@ def clean_name(value: str) -> str:
     if value.isascii() and value.isprintable():
         value = value.strip(" ")
     else:
-        value = unicodedata.normalize("NFC", value).strip(SPACE)
+        value = value.strip(SPACE)
+        if len(value) <= 800:  # more stay too many, and n marks take n² steps
+            value = unicodedata.normalize("NFC", value)
         kinds = {character: unicodedata.category(character) for character in value}
         if not {"Cc", "Cn", "Cs"}.isdisjoint(kinds.values()) or BIDI & kinds.keys():
             raise ValueError("holds a character that no name has")
