@@ -3628,6 +3628,11 @@ def test_an_import_names_all_bad_lines_up_to_a_hundred(play):
     assert [error["line"] for error in answer.json["errors"]] == list(range(3, 203, 2))
 
 
+def test_a_header_of_many_columns_is_told_up_to_a_hundred(play):
+    answer = play(csv_in("x," * 2000 + "\n", 422, lines(1)))
+    assert answer.json["total"] == 2003 and len(answer.json["errors"]) == 100
+
+
 @pytest.mark.parametrize("write", [csv_text, ndjson_text])
 def test_an_id_stands_twice_however_far_apart(client, write):
     """Far enough for it to be read and checked with others."""

@@ -3084,8 +3084,9 @@ def check_header(rows: list[Any]) -> list[str]:
         if field.required and name not in header:
             faults.append(f"{name} is missing")
     if faults:
-        errors = [Place("#", 1).fault(None, fault) for fault in faults]
-        raise Problem(422, "the CSV header is not valid", errors, total=len(errors))
+        told = faults[:IMPORT_FAULTS]
+        errors = [Place("#", 1).fault(None, fault) for fault in told]
+        raise Problem(422, "the CSV header is not valid", errors, total=len(faults))
     return header
 
 
@@ -3096,15 +3097,15 @@ def csv_entries(line: int, header: list[str], rows: list[Any]) -> Iterator[Entry
         if isinstance(cells, BadLine):
             yield place, cells
             continue
-        line += 1 + sum(cell.count("\n") for cell in cells)
+        line += 1 + "".join(cells).count("\n")
         if cells and (len(cells) > 1 or cells[0].strip()):
-            yield place, csv_item(header, [unguard(cell) for cell in cells])
+            yield place, csv_item(header, cells)
 
 
 def csv_item(header: list[str], cells: list[str]) -> Any:
     if len(cells) != len(header):
         return BadLine(f"has {len(cells)} cells where the header has {len(header)}")
-    item: Item = dict(zip(header, cells))
+    item: Item = dict(zip(header, map(unguard, cells)))
     if item.get("id") == "":
         del item["id"]
     elif "id" in item and DIGITS.fullmatch(item["id"]):
