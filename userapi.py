@@ -321,7 +321,7 @@ DATABASE_PROBLEMS = (
     ("disk I/O error", 507, "the disk does not take what is written"),
     ("locked|55P03", 503, "another program holds the database"),
     ("readonly|0A000|25006|42501", 503, "the database is read-only"),
-    ("unable to open", 503, "the database cannot be opened"),
+    ("unable to open|25P0[34]", 503, "the database cannot be opened"),
     ("no such column", 503, "the database is of an old version and read-only"),
     ("42P01|XX00.", 503, "the database is damaged"),
     ("NUL", 422, "PostgreSQL keeps no text with U+0000 in it"),
@@ -2568,13 +2568,14 @@ DIALECT = (
         r"\1 LIKE '%' || regexp_replace(?, '([\\\\%_])', '\\\\\\1', 'g') || '%'"),
 )  # fmt: skip
 POSTGRES_MADE = (
-    "CREATE VIEW sqlite_master AS SELECT relname AS name, 'users' AS tbl_name,"
+    "CREATE OR REPLACE VIEW sqlite_master AS SELECT relname AS name,"
     " CASE WHEN relname LIKE 'users_by_%' THEN 'index' END AS type,"
-    " pg_get_indexdef(oid) AS sql FROM pg_class"
+    " 'users' AS tbl_name, pg_get_indexdef(oid) AS sql FROM pg_class"
     " WHERE relnamespace = current_schema()::regnamespace",
     # for q; without the right to make it, or the module, all users are looked at
-    "DO $$ BEGIN CREATE EXTENSION IF NOT EXISTS pg_trgm; CREATE INDEX users_by_text ON"
-    " users USING gin (name_fold gin_trgm_ops, mail_fold gin_trgm_ops);"
+    "DO $$ BEGIN CREATE EXTENSION IF NOT EXISTS pg_trgm;"
+    " CREATE INDEX IF NOT EXISTS users_by_text ON users USING gin"
+    " (name_fold gin_trgm_ops, mail_fold gin_trgm_ops);"
     " EXCEPTION WHEN OTHERS THEN NULL; END $$",
 )
 #: how long to wait for a server that does not answer, where the URL does not say
@@ -2656,8 +2657,7 @@ class Postgres:
 class PostgresStore(Store):
     """Users in PostgreSQL, for any number of processes that write one at a time."""
 
-    migrations = tuple(tuple(map(translate, step)) for step in MIGRATIONS)
-    migrations = ((*migrations[0], *POSTGRES_MADE), *migrations[1:])
+    migrations = tuple((*map(translate, s), *POSTGRES_MADE) for s in MIGRATIONS)
 
     def _connect(self) -> Any:
         return Postgres(self.path)

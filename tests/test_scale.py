@@ -158,6 +158,14 @@ def test_what_is_not_ours_is_refused_in_a_line(server, db, damage, told):
         assert len(err.splitlines()) == 1 and "secret" not in err
 
 
+def test_a_database_of_version_1_is_migrated(db):
+    assert run("import", "-", "--db", db, input="name,mail\nAda,ada@x\n")[0] == 0
+    with psycopg.connect(db, autocommit=True) as other:
+        other.execute("DROP VIEW sqlite_master")
+        other.execute("COMMENT ON TABLE users IS 'userapi 1'")
+    assert run("check", "--db", db) == (0, "whole: 1 users\n", "")
+
+
 def test_a_database_that_is_not_there_is_told_in_a_line():
     db = f"postgresql://someone:secret@127.0.0.1:{example.free_port()}/users"
     status, out, err = run("serve", "--db", db)
