@@ -4130,15 +4130,18 @@ FAULT: Item = {"pointer": "", "parameter": "", "header": "", "line": 1, "detail"
 A_CHANGE: Item = {"seq": 1, "at": NOON, "actor": None, "op": "update", "user": 1}
 A_CHANGE["fields"] = ["name"]
 SAMPLES: Item = {"/health": {"status": "ok"}, "/changes": {"results": [A_CHANGE]}}
-#: The one thing here that is for a tool: Schemathesis makes values up, and no schema
+#: The first of two things for a tool: Schemathesis makes values up, and no schema
 #: says which cursor, ETag, name or CSV goes well, nor that ids differ. It may make up
 #: what `if` says; `else` is true of all others, but it draws no text by a pattern of
 #: ECMA-262 that Python lacks, and sends no readOnly.
 GIVEN: Item = {"type": "string", "else": {"$ref": "#/x-given"}}
+#: The second: what it makes up in an id's place, to be refused, fits a request line.
+IDS = {**ID_LIST, "items": {**ID, "maxItems": 1, "maxProperties": 1}}
 #: the schemas of parameters that are narrower with a method
 NARROWED: dict[tuple[str, str], Item] = {
     ("GET", "after"): {**GIVEN, **NULLABLE, "minLength": 16, "if": {"type": "null"}},
-    ("DELETE", "id"): {**ID_LIST, "uniqueItems": True},
+    ("GET", "id"): IDS,
+    ("DELETE", "id"): {**IDS, "uniqueItems": True},
     # after a DELETE that was just a try, all is still there
     ("DELETE", "dry_run"): {**GIVEN, "if": {"enum": ["false", "0"]}},
 }
