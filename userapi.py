@@ -324,7 +324,7 @@ DATABASE_PROBLEMS = (
     ("unable to open|25P0[34]", 503, "the database cannot be opened"),
     ("no such column", 503, "the database is of an old version and read-only"),
     ("42P01|XX00.", 503, "the database is damaged"),
-    ("NUL", 422, "PostgreSQL keeps no text with U+0000 in it"),
+    ("cannot contain NUL", 422, "PostgreSQL keeps no text with U+0000 in it"),
 )
 
 
