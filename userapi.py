@@ -5251,7 +5251,7 @@ class Connection(asyncio.Protocol):
             self.close()
         elif self.full and not self.busy and len(self.buffer) < READ_SIZE:
             self.full = False
-            self.transport.resume_reading()
+            self.resume()
 
     def answer_next(self) -> bool:
         """Answer the next request; False while it is not all there, or is refused."""
@@ -5585,15 +5585,22 @@ class Connection(asyncio.Protocol):
         with contextlib.suppress(OSError):  # the client may have gone
             if self.can_half_close():
                 self.transport.write_eof()
-        self.transport.resume_reading()
+        self.resume()
         self.server.loop.call_later(DRAIN, self.transport.close)
+
+    def resume(self) -> None:
+        """Read on, if there is still a client: over TLS, before Python 3.11, its
+        transport has gone a moment before connection_lost() says so."""
+        with contextlib.suppress(AttributeError):
+            self.transport.resume_reading()
 
     # Deadlines
 
     def unsent(self) -> int:
-        if self.transport.is_closing():
-            return 0
-        return len(self.outgoing) + self.transport.get_write_buffer_size()
+        if not self.transport.is_closing():
+            with contextlib.suppress(AttributeError):  # as in resume()
+                return len(self.outgoing) + self.transport.get_write_buffer_size()
+        return 0
 
     def sweep(self, now: float) -> None:
         """Called every second: give up where a deadline has passed."""
