@@ -1154,7 +1154,8 @@ class Transaction:
         try:
             store._end(self, self.keep and fault is None)
         except DATABASE_FAULTS as late:
-            raise database_problem(late) from late
+            if fault is None:  # else what went wrong first is told
+                raise database_problem(late) from late
         finally:
             store._scope.transaction = None
             store._lock.__exit__(None, None, None)
