@@ -313,16 +313,17 @@ def test_an_import_that_is_killed_has_done_all_or_nothing(tmp_path, beside):
         source = tmp_path / f"{size}.ndjson"
         lines = [json.dumps({"name": f"{n}", "mail": f"{n}@b.c"}) for n in range(size)]
         source.write_text("\n".join(lines))
-        argv = [sys.executable, USERAPI, "import", source, "--db", path]
+        keeps = ("--keep-changes", 10**6)  # of all that may be done
+        argv = [sys.executable, USERAPI, "import", source, "--db", path, *keeps]
         for turn in range(kills + 1):
             before = len(rows(path))
             with contextlib.ExitStack() as stack:
                 if beside != "alone":
-                    server = stack.enter_context(Server(path))
+                    server = stack.enter_context(Server(path, *keeps))
                 process = subprocess.Popen(
                     [str(part) for part in argv], env=CLEAN, stdout=subprocess.DEVNULL
                 )
-                limit = choose.uniform(0.1, size / 25_000) if turn < kills else 100
+                limit = choose.uniform(0.1, size / 50_000) if turn < kills else 100
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(limit)
                 process.kill()
