@@ -1205,6 +1205,16 @@ class Database:
     """
 
     migrations: tuple[tuple[str, ...], ...] = MIGRATIONS
+    many = MANY
+    read_only, immutable, wal = False, False, True
+    impatient = 0  # the thread that is never to wait for the database
+    _group: sqlite3.Connection | None = None
+    _group_thread = 0
+    _group_fault: Problem | None = None
+    _highest: int | None = None  # id; while the database is ours to write
+    _identity: tuple[int, int] | None = None  # of the file that was opened
+    _page_size = 0
+    _low = False  # little room is left: look at each write
 
     def __init__(
         self,
@@ -1215,7 +1225,6 @@ class Database:
     ) -> None:
         self.path, self.unique_mail = path, unique_mail
         self.keep_changes, self.on_change = keep_changes, on_change
-        self.read_only, self.immutable, self.wal = False, False, True
         self.memory = path == ":memory:"
         self.in_file = not path.startswith((":memory:", *POSTGRESQL))
         self._lock = threading.RLock() if self.memory else contextlib.nullcontext()
@@ -1226,18 +1235,9 @@ class Database:
             os.register_at_fork(
                 after_in_child=functools.partial(forget, weakref.ref(self))
             )
-        self._group: sqlite3.Connection | None = None
-        self._group_thread = 0
-        self._group_fault: Problem | None = None
         self._group_changes: list[Item] = []
         self._group_log = Log(keep_changes)
-        self._highest: int | None = None  # id; while the database is ours to write
-        self._identity: tuple[int, int] | None = None
         self._soon: set[tuple[str, tuple[Any, ...]]] = set()
-        self.many = MANY
-        self.impatient = 0  # the thread that is never to wait for the database
-        self._page_size = 0
-        self._low = False  # little room is left: look at each write
         if self.in_file:
             self._refuse_foreign()
         try:
@@ -2242,12 +2242,9 @@ class Store(Database):
                 raise Problem(409, f"{path}: a {beside} file stands beside it")
         source = self._take()
         try:
-            with (
-                whole_file(path) as part,
-                contextlib.closing(
-                    sqlite3.connect(part, isolation_level=None)
-                ) as target,
-            ):
+            with whole_file(path) as part, contextlib.ExitStack() as stack:
+                target = sqlite3.connect(part, isolation_level=None)
+                stack.callback(target.close)
                 if self.wal:  # one snapshot: else each write would begin it anew
                     source.execute("BEGIN")
                     source.execute("SELECT 1 FROM users LIMIT 1").fetchall()

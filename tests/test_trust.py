@@ -1924,107 +1924,8 @@ PRAGMA application_id = 1970496882;
 PRAGMA user_version = 1;
 """
 
-#: version 2, likewise
-VERSION_2 = """
-BEGIN TRANSACTION;
-CREATE TABLE changes (seq INTEGER PRIMARY KEY, at TEXT NOT NULL, actor TEXT, op TEXT NOT
-NULL, "user" INTEGER NOT NULL, fields TEXT NOT NULL);
-INSERT INTO "changes" VALUES(1, '2026-11-28T00:28:07.616Z', NULL, 'create', 1,
-'["name", "mail", "phone", "address"]');
-INSERT INTO "changes" VALUES(2, '2026-11-28T00:28:07.616Z', NULL, 'create', 2,
-'["name", "mail"]');
-INSERT INTO "changes" VALUES(3, '2026-11-28T00:28:07.623Z', NULL, 'create', 1337,
-'["name", "mail"]');
-INSERT INTO "changes" VALUES(4, '2026-11-28T00:28:07.624Z', 'admin', 'update', 2,
-'["name"]');
-INSERT INTO "changes" VALUES(5, '2026-11-28T00:28:07.629Z', NULL, 'delete', 1337, '[]');
-CREATE TABLE graves (user_id INTEGER PRIMARY KEY, version INTEGER NOT NULL);
-INSERT INTO "graves" VALUES(1337, 1);
-CREATE TABLE retries (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, at INTEGER NOT
-NULL, digest BLOB NOT NULL, status INTEGER NOT NULL, headers TEXT NOT NULL, body BLOB
-NOT NULL);
-INSERT INTO "retries" VALUES(1, X'01', 1767225600, X'02', 201, '[]', '{}');
-CREATE TABLE tokens (name TEXT PRIMARY KEY, digest BLOB NOT NULL UNIQUE, role TEXT NOT
-NULL, created TEXT NOT NULL, used TEXT NOT NULL DEFAULT '');
-INSERT INTO "tokens" VALUES('script',
-X'79F076ABDD19A752DB7267BFFF2F9022161D120DEA919FDACA2FFDFC24CA8C96', 'admin', '', '');
-CREATE TABLE user_address (user_id INTEGER NOT NULL, id INTEGER NOT NULL, label TEXT NOT
-NULL DEFAULT '', street TEXT NOT NULL DEFAULT '', postcode TEXT NOT NULL DEFAULT '',
-city TEXT NOT NULL DEFAULT '', region TEXT NOT NULL DEFAULT '', country TEXT NOT NULL
-DEFAULT '', stamp INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (user_id, id)) WITHOUT ROWID;
-INSERT INTO "user_address" VALUES(1, 1, 'home', 'Marktstraße 1', '10115', 'Berlin', '',
-'DE', 1);
-CREATE TABLE user_phone (user_id INTEGER NOT NULL, id INTEGER NOT NULL, label TEXT NOT
-NULL DEFAULT '', number TEXT NOT NULL DEFAULT '', stamp INTEGER NOT NULL DEFAULT 0,
-PRIMARY KEY (user_id, id)) WITHOUT ROWID;
-INSERT INTO "user_phone" VALUES(1, 1, 'work', '+49 30 1234567', 1);
-INSERT INTO "user_phone" VALUES(1, 2, '', '0151 999', 1);
-CREATE TABLE users (user_id INTEGER PRIMARY KEY AUTOINCREMENT, user_name TEXT NOT NULL,
-user_mail TEXT NOT NULL, version INTEGER NOT NULL DEFAULT 0, created TEXT NOT NULL
-DEFAULT '', updated TEXT NOT NULL DEFAULT '', name_fold TEXT NOT NULL DEFAULT '',
-mail_fold TEXT NOT NULL DEFAULT '', last_phone INTEGER NOT NULL DEFAULT 0, last_address
-INTEGER NOT NULL DEFAULT 0);
-INSERT INTO "users" VALUES(1, 'Ada Lovelace', 'ada@example.org', 1,
-'2026-11-28T00:28:07.616Z', '2026-11-28T00:28:07.616Z', 'ada lovelace',
-'ada@example.org', 2, 1);
-INSERT INTO "users" VALUES(2, 'ZOË', 'Zoe@Example.org', 2, '2026-11-28T00:28:07.616Z',
-'2026-11-28T00:28:07.624Z', 'zoë', 'zoe@example.org', 0, 0);
-CREATE INDEX users_by_name ON users (name_fold);
-CREATE INDEX users_by_mail ON users (mail_fold);
-CREATE INDEX users_by_created ON users (created);
-CREATE INDEX users_by_updated ON users (updated);
-CREATE INDEX retries_by_at ON retries (at);
-CREATE TRIGGER user_phone_insert AFTER INSERT ON user_phone WHEN NEW.stamp = 0 AND
-EXISTS (SELECT 1 FROM users WHERE user_id = NEW.user_id) BEGIN UPDATE users SET version
-= version + 1, updated = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), last_phone =
-max(last_phone, NEW.id) WHERE user_id = NEW.user_id; INSERT INTO changes (at, actor, op,
-user, fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), NULL, 'update', NEW.user_id,
-'["phone"]'; END;
-CREATE TRIGGER user_phone_update AFTER UPDATE ON user_phone WHEN NEW.stamp = OLD.stamp
-AND EXISTS (SELECT 1 FROM users WHERE user_id = NEW.user_id) BEGIN UPDATE users SET
-version = version + 1, updated = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), last_phone =
-max(last_phone, NEW.id) WHERE user_id = NEW.user_id; INSERT INTO changes (at, actor, op,
-user, fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), NULL, 'update', NEW.user_id,
-'["phone"]'; END;
-CREATE TRIGGER user_phone_delete AFTER DELETE ON user_phone WHEN OLD.stamp >= 0 AND
-EXISTS (SELECT 1 FROM users WHERE user_id = OLD.user_id) BEGIN UPDATE users SET version
-= version + 1, updated = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), last_phone =
-max(last_phone, OLD.id) WHERE user_id = OLD.user_id; INSERT INTO changes (at, actor, op,
-user, fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), NULL, 'update', OLD.user_id,
-'["phone"]'; END;
-CREATE TRIGGER user_address_insert AFTER INSERT ON user_address WHEN NEW.stamp = 0 AND
-EXISTS (SELECT 1 FROM users WHERE user_id = NEW.user_id) BEGIN UPDATE users SET version
-= version + 1, updated = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), last_address =
-max(last_address, NEW.id) WHERE user_id = NEW.user_id; INSERT INTO changes (at, actor,
-op, user, fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), NULL, 'update',
-NEW.user_id, '["address"]'; END;
-CREATE TRIGGER user_address_update AFTER UPDATE ON user_address WHEN NEW.stamp =
-OLD.stamp AND EXISTS (SELECT 1 FROM users WHERE user_id = NEW.user_id) BEGIN UPDATE
-users SET version = version + 1, updated = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'),
-last_address = max(last_address, NEW.id) WHERE user_id = NEW.user_id; INSERT INTO
-changes (at, actor, op, user, fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'),
-NULL, 'update', NEW.user_id, '["address"]'; END;
-CREATE TRIGGER user_address_delete AFTER DELETE ON user_address WHEN OLD.stamp >= 0 AND
-EXISTS (SELECT 1 FROM users WHERE user_id = OLD.user_id) BEGIN UPDATE users SET version
-= version + 1, updated = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), last_address =
-max(last_address, OLD.id) WHERE user_id = OLD.user_id; INSERT INTO changes (at, actor,
-op, user, fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), NULL, 'update',
-OLD.user_id, '["address"]'; END;
-CREATE TRIGGER users_insert AFTER INSERT ON users WHEN NEW.version = 0 BEGIN INSERT INTO
-changes (at, actor, op, user, fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'),
-NULL, 'create', NEW.user_id, '["name", "mail"]'; UPDATE users SET created =
-strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), updated = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'),
-name_fold = lower(user_name), mail_fold = lower(user_mail), version = 1 +
-coalesce((SELECT max(version) FROM graves WHERE user_id IN (NEW.user_id, 0)), 0) WHERE
-user_id = NEW.user_id; END;
-CREATE TRIGGER users_replace BEFORE INSERT ON users WHEN NEW.version = 0 BEGIN INSERT OR
-REPLACE INTO graves SELECT user_id, version FROM users WHERE user_id = NEW.user_id; END;
-CREATE TRIGGER users_delete AFTER DELETE ON users BEGIN DELETE FROM user_phone WHERE
-user_id = OLD.user_id; DELETE FROM user_address WHERE user_id = OLD.user_id; INSERT OR
-REPLACE INTO graves VALUES (OLD.user_id, OLD.version); INSERT INTO changes (at, actor,
-op, user, fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), NULL, 'delete',
-OLD.user_id, '[]' WHERE NOT EXISTS (SELECT 1 FROM changes WHERE seq = coalesce((SELECT
-max(seq) FROM changes), 0) AND op = 'delete' AND user = OLD.user_id); END;
+#: version 2 differs in one trigger
+USERS_UPDATE = """
 CREATE TRIGGER users_update AFTER UPDATE OF user_id, user_name, user_mail ON users WHEN
 NEW.version = OLD.version BEGIN UPDATE users SET updated =
 strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), version = 1 + max(version, coalesce((SELECT
@@ -2042,12 +1943,10 @@ NEW.user_id, '["name", "mail"]' WHERE NEW.user_id <> OLD.user_id; INSERT INTO ch
 'update', NEW.user_id, '[' || substr(CASE WHEN NEW.user_name <> OLD.user_name THEN
 ', "name"' ELSE '' END || CASE WHEN NEW.user_mail <> OLD.user_mail THEN ', "mail"' ELSE
 '' END, 3) || ']' WHERE NEW.user_id = OLD.user_id; END;
-DELETE FROM "sqlite_sequence";
-INSERT INTO "sqlite_sequence" VALUES('users', 1337);
-COMMIT;
-PRAGMA application_id = 1970496882;
-PRAGMA user_version = 2;
 """
+VERSION_2 = re.sub(
+    r"(?s)\nCREATE TRIGGER users_update .*?END;\n", lambda _: USERS_UPDATE, VERSION_1
+).replace("user_version = 1", "user_version = 2")
 
 VERSIONS = [VERSION_0, VERSION_1, VERSION_2]
 TABLES = (
