@@ -1058,6 +1058,36 @@ class Page(NamedTuple):
     size: int
     last: tuple[Any, int] | None
 
+    def followed_by(self, more: Page, joint: str) -> Page:
+        """This page and then another, as one."""
+        content = self.content + more.content
+        if joint and self.size and more.size:
+            content = f"{self.content}{joint}{more.content}"
+        return Page(content, self.size + more.size, more.last or self.last)
+
+
+def sort_key(sort: str) -> str:
+    return f"users.{SORTS[sort.lstrip('-')]}"
+
+
+def direction(sort: str) -> tuple[str, str, str]:
+    """What compares with later keys, orders by them, and finds the last one."""
+    return ("<", " DESC", "min") if sort[0] == "-" else (">", "", "max")
+
+
+def places(sort: str, after: tuple[Any, int] | None) -> list[tuple[str, list[Any]]]:
+    """What comes after a place, as SQL with its values: first the users of the same
+    key, as SQLite would look at all of them where both are compared at once."""
+    if after is None:
+        return [("", [])]
+    key, (more, *_), value = sort_key(sort), direction(sort), exact_bytes(after[0])
+    if key == "users.user_id":
+        return [(f" AND {key} {more} ?", [value])]
+    return [
+        (f" AND {key} = CAST(? AS TEXT) AND user_id {more} ?", [value, after[1]]),
+        (f" AND {key} {more} CAST(? AS TEXT)", [value]),
+    ]
+
 
 def make_page(rows: Rows, joint: str) -> Page:
     content: Any = [row[:-2] for row in rows]
@@ -1810,35 +1840,37 @@ class Store(Database):
         `select` is SQL. With a `joint` it is one text, and a page's content is all
         of them joined; else it is columns, and the content is a list of tuples.
         """
-        key = f"users.{SORTS[query.sort.lstrip('-')]}"
-        more, down, last = (">", "", "max")
-        if query.sort[0] == "-":
-            more, down, last = ("<", " DESC", "min")
-        where, filters = query.where()
-        values, after, size = filters, query.after, query.limit or PAGE_ROWS
-        shown, mark = f"CAST({key} AS BLOB)", "CAST(? AS TEXT)"
-        if key == "users.user_id":
-            shown, mark = key, "?"
+        after, size = query.after, query.limit or PAGE_ROWS
         while True:
-            beyond = ""
-            if after is not None:
-                values = [*filters, exact_bytes(after[0]), after[1]]
-                beyond = f" AND ({key}, user_id) {more} ({mark}, ?)"
-            sql = (
-                f"SELECT {select} AS content, {shown} AS key, user_id AS id FROM users"
-                f" WHERE {where}{beyond} ORDER BY {key}{down}, users.user_id{down}"
-                f" LIMIT {size}"
-            )
-            if joint:
-                sql = (
-                    f"SELECT group_concat(content, '{joint}'), count(*), {last}(key),"
-                    f" group_concat(CAST(id AS TEXT), ',') FROM ({sql}) AS page"
-                )
-            page = make_page(self.rows(sql, values), joint)
-            yield page
+            page = Page("" if joint else [], 0, after)
+            for beyond, values in places(query.sort, after):
+                if page.size < size:
+                    rest = query._replace(limit=size - page.size)
+                    found = self._page(select, rest, joint, beyond, values)
+                    page = page.followed_by(found, joint)
+            yield page if page.size else page._replace(last=None)
             if query.limit or page.size < size:
                 return
             after = page.last
+
+    def _page(
+        self, select: str, query: Query, joint: str, beyond: str, values: list[Any]
+    ) -> Page:
+        """At most `limit` users whose place is `beyond`; as SQL, with its values."""
+        key, (_, down, last) = sort_key(query.sort), direction(query.sort)
+        where, filters = query.where()
+        shown = key if key == "users.user_id" else f"CAST({key} AS BLOB)"
+        sql = (
+            f"SELECT {select} AS content, {shown} AS key, user_id AS id FROM users"
+            f" WHERE {where}{beyond} ORDER BY {key}{down}, users.user_id{down}"
+            f" LIMIT {query.limit}"
+        )
+        if joint:
+            sql = (
+                f"SELECT group_concat(content, '{joint}'), count(*), {last}(key),"
+                f" group_concat(CAST(id AS TEXT), ',') FROM ({sql}) AS page"
+            )
+        return make_page(self.rows(sql, [*filters, *values]), joint)
 
     def find_users(self, view: str = "v2", **query: Any) -> Iterator[Item]:
         """Users as dicts; keywords are those of Query: q, name, mail, ids, sort, …
