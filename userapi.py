@@ -5141,14 +5141,11 @@ def parse_fields(section: bytes, most: int) -> Environ:
 
 
 class Line(NamedTuple):
-    """A request line: of its target the path (decoded, latin-1), query, authority."""
+    """A request line: its WSGI variables, and what they do not tell."""
 
-    method: str
-    target: str
+    environ: Environ
     modern: bool  # HTTP/1.1, and not 1.0
-    path: str
-    query: str
-    authority: str | None
+    authority: str | None  # of the target
 
 
 @functools.lru_cache(maxsize=1024)
@@ -5160,12 +5157,20 @@ def parse_line(line: bytes) -> Line:
     method, target, major, minor = (part.decode() for part in match.groups())
     if major != "1" or minor not in "01":
         raise Problem(505, "speak HTTP/1.1")
-    return Line(method, target, minor == "1", *parse_target(method, target))
+    path, query, authority = parse_target(method, target)
+    environ = {
+        "REQUEST_METHOD": method,
+        "PATH_INFO": path,
+        "QUERY_STRING": query,
+        "SERVER_PROTOCOL": f"HTTP/1.{minor}",
+        "userapi.request": line.decode(),
+    }
+    return Line(environ, minor == "1", authority)
 
 
 def parse_target(method: str, target: str) -> tuple[str, str, str | None]:
-    """Path, query and authority of a request target (RFC 9112 §3.2). Raises Problem
-    400."""
+    """Path (decoded, as latin-1), query and authority of a request target (RFC 9112
+    §3.2). Raises Problem 400."""
     authority, given = None, target
     if target[:1] != "/" and not (target == "*" and method == "OPTIONS"):
         scheme, _, rest = target.partition("://")
@@ -5197,8 +5202,8 @@ class Connection(asyncio.Protocol):
         self.server, self.settings = server, server.settings
         self.buffer = b""
         self.outgoing = b""  # answers that leave at the end of the turn
-        self.fields: Environ = {}
-        self.section = b"\0"  # what the last header section held
+        self.section = b"\0"  # the last header section
+        self.fields: Environ = {}  # what it says, and what all requests here share
         self.begun = False  # a part of a head has arrived
         self.environ: Environ | None = None  # the head of a request under way
         self.body: bytearray | None = None
@@ -5326,7 +5331,8 @@ class Connection(asyncio.Protocol):
         line, section = buffer[:line_end], buffer[line_end + 2 : end + 2]
         self.buffer = buffer[end + 4 :]
         if section != self.section:
-            self.fields = parse_fields(section, settings.max_fields)
+            fields = parse_fields(section, settings.max_fields)
+            self.fields = {**self.server.base, **fields, "REMOTE_ADDR": self.peer}
             self.section = section
         short = len(line) < 256  # so that what is remembered is bounded in bytes
         self.begin(parse_line(line) if short else parse_line.__wrapped__(line))
@@ -5334,24 +5340,15 @@ class Connection(asyncio.Protocol):
 
     def begin(self, line: Line) -> None:
         """A head is whole: make its environment, and prepare for its body."""
-        environ = {
-            **self.server.base,
-            **self.fields,
-            "REQUEST_METHOD": line.method,
-            "PATH_INFO": line.path,
-            "QUERY_STRING": line.query,
-            "REMOTE_ADDR": self.peer,
-            "SERVER_PROTOCOL": "HTTP/1.1" if line.modern else "HTTP/1.0",
-            "userapi.target": line.target,
-        }
+        environ = {**self.fields, **line.environ, "userapi.keep": line.modern}
         if line.modern and "HTTP_HOST" not in environ:
             raise Problem(400, "Host is missing")
         if line.authority is not None:
             environ["HTTP_HOST"] = line.authority
-        told = environ.get("HTTP_CONNECTION", "")
-        tokens = [token.strip() for token in told.lower().split(",")] if told else ()
-        keep = "close" not in tokens and (line.modern or "keep-alive" in tokens)
-        environ["userapi.keep"] = keep
+        if told := environ.get("HTTP_CONNECTION"):
+            tokens = [token.strip() for token in told.lower().split(",")]
+            keep = line.modern or "keep-alive" in tokens
+            environ["userapi.keep"] = keep and "close" not in tokens
         self.environ = environ
         if not WITH_BODIES.isdisjoint(self.fields):
             self.expect_body(environ, line.modern)
@@ -5716,6 +5713,7 @@ class Server:
             "wsgi.multithread": False,
             "wsgi.multiprocess": False,
             "wsgi.run_once": False,
+            "userapi.request": "- - HTTP/1.1",
             "userapi.server": True,
         }
 
@@ -5883,8 +5881,7 @@ class Server:
         took = (time.perf_counter() - environ["userapi.began"]) * 1000
         peer, actor = environ["REMOTE_ADDR"], environ.get("REMOTE_USER")
         status, sent = environ["userapi.status"], environ["userapi.sent"]
-        method, target = environ["REQUEST_METHOD"], environ.get("userapi.target", "-")
-        request = f"{method} {target} {environ['SERVER_PROTOCOL']}"
+        request = environ["userapi.request"]
         referer = environ.get("HTTP_REFERER", "-")
         agent = environ.get("HTTP_USER_AGENT", "-")
         if self.settings.log == "json":
