@@ -5105,6 +5105,7 @@ SEND_SIZE = 64 * 1024  # bytes that may wait for the end of the turn
 WAKE = 0.2  # seconds after which a stream that had nothing is asked again
 THREADS = 8  # threads that read where the database is not in this process
 SLOW_SYNC = 0.002  # seconds from which on a commit is given to a thread
+GATHER = 0.01  # seconds for which a group takes up what comes while it is run
 BURST = 32  # requests of one connection that are answered in one turn
 GRACE = 5  # seconds that are left to what was begun when the server is told to stop
 #: the members of a line of the access log in JSON
@@ -5734,7 +5735,7 @@ class Server:
     # Writes
 
     def enqueue(self, connection: Connection, environ: Environ) -> None:
-        """Have a request that may write run with those of the same turn."""
+        """Have a request that may write run with others that come now."""
         if self.remote and environ["REQUEST_METHOD"] in SAFE:
             self.read(connection, environ)
             return
@@ -5751,14 +5752,19 @@ class Server:
         if self.remote:
             self.run_group_elsewhere()
         elif self.store.begin_group():
-            self.run_group()
+            self.run_group([], time.monotonic() + GATHER)
         else:  # another program writes: wait for it, but not here
             begin = functools.partial(self.store.begin_group, wait=True)
-            self.in_thread(begin, lambda _: self.run_group())
+            self.in_thread(begin, lambda _: self.run_group([], 0))
 
-    def run_group(self) -> None:
+    def run_group(self, done: list[tuple[Turn, Any]], end: float) -> None:
+        """Run what waits, and for a while what comes meanwhile; then have it committed:
+        the fewer commits, the less each costs."""
         turns, self.waiting = self.waiting, []
-        done = [(turn, turn[0].call(turn[1])) for turn in turns]
+        done.extend((turn, turn[0].call(turn[1])) for turn in turns)
+        if turns and time.monotonic() < end:
+            self.loop.call_soon(self.run_group, done, end)
+            return
         if self.sync_time > SLOW_SYNC:
             self.in_thread(self.commit, lambda fault: self.finish(done, fault))
             return
