@@ -2357,6 +2357,7 @@ def sub_rows(sort: str, seeded: Any, item: Any, key: str) -> list[Row]:
     line, first = f"/api/user/3/{sort}", f"/api/user/3/{sort}/1"
     no_user, labelled = f"/api/user/99/{sort}", {**seeded, "label": "x"}
     two, three = {"id": 2, **item}, {"id": 3, **item}
+    broken = {"item": {**item, key: 5}}
     return [
         Row(f"GET {line}", 200, results(seeded)),
         Row(f"GET {first}", 200, results(seeded)),
@@ -2399,6 +2400,7 @@ def sub_rows(sort: str, seeded: Any, item: Any, key: str) -> list[Row]:
         Row(f"PATCH {first}", 422, at("#/item"), body={"item": 5}),
         one(f"PATCH {first}", 200, done(labelled), label="x"),
         one(f"PATCH {first}", 422, at("#/item/x"), x=1),
+        one(f"PATCH {first}", 422, at("#/item/id", "#/item/x"), id=None, x=None),
         one(f"PATCH {line}/2", 404, label="x"),
         many(f"PATCH {line}", 200, done(labelled), {"id": 1, "label": "x"}),
         Row(f"DELETE {first}", 200, exactly(**SUCCESS)),
@@ -2412,6 +2414,19 @@ def sub_rows(sort: str, seeded: Any, item: Any, key: str) -> list[Row]:
         Row(f"DELETE {line}?id=1,1", 422, {"errors": [
             {"parameter": "id", "detail": "1 stands twice"}]}),
         Row(f"DELETE {line}", 400, "id"),
+        *[  # what is sent is told before what is there, and that before the version
+            Row(f"{line_} /api/user/{place}", status, has, body=body,
+                headers={"If-Match": '"9"'})
+            for line_, place, status, has, body in (
+                ("POST", f"99/{sort}", 422, at(f"#/item/{key}"), broken),
+                ("POST", f"3/{sort}", 422, at(f"#/item/{key}"), broken),
+                ("PUT", f"3/{sort}/2", 422, at(f"#/item/{key}"), broken),
+                ("PUT", f"3/{sort}/2", 404, (), {"item": item}),
+                ("PUT", f"3/{sort}/1", 412, (), {"item": item}),
+                ("DELETE", f"3/{sort}/2", 404, (), None),
+                ("DELETE", f"3/{sort}/1", 412, (), None),
+            )
+        ],
         Row(f"POST {line}", 415, "application/json", body="id",
             headers={AS: "text/csv"}),
         Row(f"GET {line}?format=csv", 400, "format"),
@@ -2422,6 +2437,11 @@ def sub_rows(sort: str, seeded: Any, item: Any, key: str) -> list[Row]:
 
 SUBS = sub_rows("phone", PHONE, MOBILE, "number")
 SUBS += sub_rows("address", ADDRESS, OFFICE, "city")
+SUBS += [
+    one("POST /api/user/3/address", 422, at("#/item", "#/item/label"), label=5),
+    one("PATCH /api/user/3/address/1", 422, at("#/item", "#/item/country"),
+        street="", city=None, country="x"),
+]  # fmt: skip
 
 # --- media types
 
@@ -3284,6 +3304,10 @@ def test_every_write_leaves_its_change(client):
     same = {"name": CHAN["name"], "mail": "new@x", "phone": [PHONE], "address": []}
     client("PUT /api/v2/user/3", {"item": same})
     assert client.changes()[-1]["fields"] == ["mail", "address"]
+    client("PATCH /api/user/3/phone/1", {"item": {"label": PHONE["label"]}})
+    assert client.changes()[-1]["fields"] == []
+    client("PATCH /api/user/3/phone/1", {"item": {"label": "new"}})
+    assert client.changes()[-1]["fields"] == ["phone"]
     text = client("GET /api/changes").text
     assert not [
         value for value in ("Grace", "Ada", "new@x", "1234567") if value in text

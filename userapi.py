@@ -601,9 +601,9 @@ class Faults:
         if len(self.errors) < self.most:
             self.errors.append(fault)
 
-    def raise_worst(self) -> None:
+    def raise_worst(self, *among: int) -> None:
         """Raise Problem 422, else 404, else 409, where there were faults."""
-        for status in (422, 404, 409):
+        for status in among or (422, 404, 409):
             if status in self.statuses:
                 problem = Problem(status, self.tell(), self.errors)
                 if self.most == IMPORT_FAULTS or self.total > self.most:
@@ -637,7 +637,7 @@ class Checker:
         partial: bool = False,
         keeps: tuple[str, ...] = (),
     ) -> None:
-        self.partial, self.one_of = partial, () if partial else shape.one_of
+        self.partial, self.one_of = partial, shape.one_of
         #: what gives a member's value as it is stored; None for what is not stored
         self.rules: dict[str, Callable[[Any], Any] | None] = {}
         self.lists: dict[str, Checker] = {}
@@ -659,7 +659,7 @@ class Checker:
             told = item if isinstance(item, BadLine) else "is not an object"
             faults.add(place.fault(None, told))
             return {}
-        found, values, rules = faults.total, self.empty.copy(), self.rules
+        values, rules = self.empty.copy(), self.rules
         for name, value in item.items():
             rule = rules.get(name, refuse_member)
             try:
@@ -674,12 +674,15 @@ class Checker:
                 faults.add(place.fault(name, "is required"))
         if id_rule != "optional":
             self.check_id(place, item, values, faults, id_rule)
-        if self.one_of and faults.total == found and not self.has_one(values):
-            faults.add(place.fault(None, f"needs {' or '.join(self.one_of)}"))
+        if not self.partial:
+            self.require_one(place, item, faults)
         return values
 
-    def has_one(self, values: Item) -> bool:
-        return any(values.get(name, "").strip() for name in self.one_of)
+    def require_one(self, place: Place, item: Item, faults: Faults) -> None:
+        """Add a fault where the item has none of the members of which it needs one."""
+        given = (str(item.get(name, "")).strip() for name in self.one_of)
+        if self.one_of and not any(given):
+            faults.add(place.fault(None, f"needs {' or '.join(self.one_of)}"))
 
     def check_id(
         self, place: Place, item: Item, values: Item, faults: Faults, rule: int | str
@@ -2020,8 +2023,16 @@ class Store(Database):
             self._put_rows(shape, [(row["id"], item[shape.name])], version)
         return version
 
-    def _raise_version(self, row: Item, sets: Item, fields: tuple[str, ...]) -> int:
+    def _raise_version(
+        self,
+        row: Item,
+        sets: Item,
+        fields: tuple[str, ...],
+        check: Callable[[int], None] | None = None,
+    ) -> int:
         """Update a user, if it still has the row's version, and log it."""
+        if check:
+            check(row["version"])
         columns = "".join(f"{column} = ?, " for column in sets)
         sql = (
             f"UPDATE users SET {columns}version = version + 1, updated = ?"
@@ -2116,12 +2127,22 @@ class Store(Database):
         `number` is the URI's. Gives their numbers and the user's new version.
         """
         with self.transaction():
-            row = self._user_row(user, check)
+            row = self._rows_by_id([user]).get(user)
             there = self._load_rows(shape, user)
-            rows = check_rows(shape, there, entries, how, number)
+            rows, faults = check_rows(shape, there, entries, how, number)
+            faults.raise_worst(422)
+            if row is None:
+                raise no_user(user)
+            if number is not None and number not in there:
+                raise nothing_there(shape.name, [number])
+            faults.raise_worst()
+            if how == "create" and len(there) + len(rows) > MAX_ROWS:
+                raise Problem(409, f"{MAX_ROWS} are the most that a user has")
             last = f"last_{shape.name}"
             sets = {last: number_rows(rows, row[last])}
-            version = self._raise_version(row, sets, (shape.name,))
+            differ = any(there.get(value["id"]) != value for value in rows)
+            fields = (shape.name,) if differ else ()
+            version = self._raise_version(row, sets, fields, check)
             self._put_rows(shape, [(user, rows)], version, how != "create")
         return [value["id"] for value in rows], version
 
@@ -2136,22 +2157,16 @@ class Store(Database):
         refuse_twice(numbers)
         with self.transaction() as scope:
             scope.frees = True
-            row = self._user_row(user, check)
+            row = self._rows_by_id([user]).get(user)
+            if row is None:
+                raise no_user(user)
             there = self._load_rows(shape, user)
             missing = [number for number in numbers if number not in there]
             if missing:
                 raise nothing_there(shape.name, missing)
-            self._raise_version(row, {}, (shape.name,))
+            self._raise_version(row, {}, (shape.name,), check)
             for number in numbers:
                 self._drop_rows(shape, user, number)
-
-    def _user_row(self, user: int, check: Callable[[int], None] | None) -> Item:
-        row = self._rows_by_id([user]).get(user)
-        if row is None:
-            raise no_user(user)
-        if check:
-            check(row["version"])
-        return row
 
     # The log, retries, tokens
 
@@ -2513,36 +2528,25 @@ def check_rows(
     entries: Sequence[tuple[Place, Any]],
     how: str,
     number: int | None,
-) -> list[Item]:
-    """The rows to be written, given those that are there. Raises Problem."""
-    rule: int | str = "optional" if how == "create" else "required"
+) -> tuple[list[Item], Faults]:
+    """The rows to be written, given those that are there, and what is wrong."""
+    rule = number or ("optional" if how == "create" else "required")
+    checker = find_checker(shape, shape.names, how == "merge")
     faults, seen, rows = Faults(), Seen(), []
     for place, item in entries:
-        old = find_row(there, item, number) if how == "merge" else None
-        if old is not None:
-            item = {n: v for n, v in {**old, **item}.items() if v is not None}
-        checker = find_checker(shape, shape.names, how == "merge" and old is None)
-        row = checker.check(place, item, faults, rule if number is None else number)
+        row = checker.check(place, item, faults, rule)
         found = row.get("id")
         if found and not seen.add(found):
             faults.add(place.fault("id", "stands twice"))
         elif how == "create" and found in there:
             faults.add(place.fault("id", "is taken"), 409)
-        elif how != "create" and found and found not in there:
+        elif how != "create" and found and found not in there and number is None:
             faults.add(place.fault("id", "does not exist"), 404)
+        elif how == "merge" and found in there:
+            row = {**there[found], **row}
+            checker.require_one(place, row, faults)
         rows.append(row)
-    if number is not None and faults.statuses == {404}:
-        raise nothing_there(shape.name, [number])
-    faults.raise_worst()
-    if how == "create" and len(there) + len(rows) > MAX_ROWS:
-        raise Problem(409, f"{MAX_ROWS} are the most that a user has")
-    return rows
-
-
-def find_row(there: dict[int, Item], item: Any, number: int | None) -> Item | None:
-    """The row that an item is to be merged into, if any: the URI's, or its id's."""
-    target = number or item.get("id") if isinstance(item, dict) else None
-    return there.get(int(target)) if isinstance(target, (int, float)) else None
+    return rows, faults
 
 
 def no_user(id: int) -> Problem:
