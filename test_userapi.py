@@ -981,7 +981,7 @@ def test_what_is_told_of_faults(play, row):
 def test_of_very_many_faults_the_first_are_told_and_all_are_counted():
     faults = userapi.Faults(most=2)
     for number, status in enumerate((409, 409, 404)):
-        faults.add(userapi.Place(f"#/items/{number}").fault("id", "is odd"), status)
+        faults.add(userapi.Place(f"#/items/{number}"), "id", "is odd", status)
         with pytest.raises(Problem) as refused:
             faults.raise_worst()
         problem = refused.value

@@ -96,6 +96,7 @@ Environ = dict[str, Any]
 Item = dict[str, Any]
 Headers = list[tuple[str, str]]
 Rows = list[Any]  # of tuples, as SQLite gives them
+Names = tuple[str, ...]  # of members, parameters, media types …
 
 # ── Settings ──────────────────────────────────────────────────────────────────────
 
@@ -268,7 +269,7 @@ PROBLEMS = {
 }
 STATUS = {200: "200 OK", 201: "201 Created", 204: "204 No Content"}
 STATUS[304] = "304 Not Modified"
-STATUS.update({status: f"{status} {title}" for status, (title, _) in PROBLEMS.items()})
+STATUS.update((status, f"{status} {told[0]}") for status, told in PROBLEMS.items())
 PROBLEM_JSON = "application/problem+json"
 
 
@@ -326,8 +327,6 @@ DATABASE_PROBLEMS = (
     ("42P01|XX00.", 503, "the database is damaged"),
     ("cannot contain NUL", 422, "PostgreSQL keeps no text with U+0000 in it"),
 )
-
-
 #: what SQLite raises; the second where its own text is damaged
 DATABASE_FAULTS = (sqlite3.Error, UnicodeDecodeError)
 
@@ -385,7 +384,7 @@ class Field(NamedTuple):
     """One member of a user, a phone or an address: what it may hold and where it shows.
 
     `schema` is JSON Schema, which rule() goes by; `clean` is a rule beyond it;
-    `v1` and `csv` say where it shows besides v2; `rows` names the kind of a list.
+    `v1` says that it shows in v1 and CSV, too; `rows` names the kind of a list.
     """
 
     name: str
@@ -396,7 +395,6 @@ class Field(NamedTuple):
     required: bool = False
     read_only: bool = False
     v1: bool = False
-    csv: bool = False
     rows: str = ""
     column: str = ""
     clean: Callable[[str], str] | None = None
@@ -416,9 +414,11 @@ class Field(NamedTuple):
         fits = pattern and re.compile(pattern).fullmatch
 
         def check(value: Any) -> str:
+            if value is None and partial:
+                if self.required:
+                    raise ValueError("is required")
+                return ""
             if not isinstance(value, str):
-                if partial and value is None:
-                    return self.without()
                 raise ValueError("is not a string")
             if not value.isascii():
                 value.encode()  # a lone surrogate is a ValueError, too
@@ -430,12 +430,6 @@ class Field(NamedTuple):
             return text
 
         return check
-
-    def without(self) -> str:
-        """What is stored where the value is taken away. Raises ValueError."""
-        if self.required:
-            raise ValueError("is required")
-        return ""
 
 
 def check_id(value: Any) -> int:
@@ -505,33 +499,25 @@ class Shape:
     """
 
     def __init__(
-        self,
-        name: str,
-        plural: str,
-        title: str,
-        fields: tuple[Field, ...],
-        one_of: tuple[str, ...] = (),
+        self, name: str, plural: str, title: str, *fields: Field, one_of: Names = ()
     ) -> None:
         self.name, self.plural, self.title = name, plural, title
         self.fields, self.one_of = fields, one_of
         self.by_name = {field.name: field for field in fields}
         self.names = tuple(self.by_name)
         self.values = operator.itemgetter(*self.names)
+        written = [f for f in fields if f.name != "id" and not f.read_only]
         #: those that are a column which a client writes, without the id
-        self.columns = tuple(
-            field
-            for field in fields
-            if field.column and not field.read_only and field.name != "id"
-        )
+        self.columns = tuple(field for field in written if field.column)
 
 
-PHONE = Shape("phone", "phones", "phone number", (
+PHONE = Shape("phone", "phones", "phone number",
     ROW_ID,
     LABEL,
     text("number", "Number", "+49 30 1234567", schema=PHONE_NUMBER, required=True,
          fault="is not a phone number", input="tel"),
-))  # fmt: skip
-ADDRESS = Shape("address", "addresses", "address", (
+)  # fmt: skip
+ADDRESS = Shape("address", "addresses", "address",
     ROW_ID,
     LABEL,
     text("street", "Street", "Hauptstraße 5"),
@@ -540,22 +526,23 @@ ADDRESS = Shape("address", "addresses", "address", (
     text("region", "Region", "Berlin"),
     text("country", "Country", "DE", schema=COUNTRY,
          fault="is not two capital letters"),
-), one_of=("street", "city"))  # fmt: skip
+    one_of=("street", "city"),
+)  # fmt: skip
 SHAPES = {"phone": PHONE, "address": ADDRESS}
-USER = Shape("user", "users", "user", (
-    Field("id", "Id", ID, 1, v1=True, csv=True, column="user_id"),
+USER = Shape("user", "users", "user",
+    Field("id", "Id", ID, 1, v1=True, column="user_id"),
     Field("name", "Name", {"type": "string", "minLength": 1, "maxLength": 200},
-          "Simone Giertz", required=True, v1=True, csv=True, column="user_name",
+          "Simone Giertz", required=True, v1=True, column="user_name",
           clean=clean_name),
     Field("mail", "Mail", {"type": "string", "maxLength": 254, "pattern": MAIL},
           "giertz@shittyrobots.loc", "is not a mail address", required=True, v1=True,
-          csv=True, column="user_mail", input="email"),
+          column="user_mail", input="email"),
     Field("phone", "Phone", ROW_LIST, [], rows="phone"),
     Field("address", "Address", ROW_LIST, [], rows="address"),
     Field("version", "Version", ID, 1, read_only=True, column="version"),
     Field("created", "Created", STAMP, NOON, read_only=True, column="created"),
     Field("updated", "Updated", STAMP, NOON, read_only=True, column="updated"),
-))  # fmt: skip
+)  # fmt: skip
 VIEWS = {"v1": tuple(field.name for field in USER.fields if field.v1), "v2": USER.names}
 
 
@@ -571,19 +558,15 @@ class Place(NamedTuple):
 
     def fault(self, member: str | None, detail: str) -> Item:
         """An entry of a problem's `errors` about a member of the item, or all of it."""
-        pointer = self.pointer if member is None else f"{self.pointer}/{member}"
+        pointer = self.pointer
+        if member is not None:  # RFC 6901 §6
+            escaped = member.replace("~", "~0").replace("/", "~1")
+            pointer += "/" + quote(escaped, safe="~!$&'()*+,;=:@")
         fault: Item = {"pointer": pointer, "detail": detail}
         return {"line": self.line, **fault} if self.line else fault
 
 
 Entry = tuple[Place, Any]  # an item as it was sent, and where it stands
-
-
-def escape_pointer(member: str) -> str:
-    """A member's name within a pointer that is a URI fragment (RFC 6901 §6)."""
-    return quote(member.replace("~", "~0").replace("/", "~1"), safe="~!$&'()*+,;=:@")
-
-
 IMPORT_FAULTS = 100  # that are told of an import
 
 
@@ -591,36 +574,32 @@ class Faults:
     """The faults of one request: all are told, up to `most`; the worst one counts."""
 
     def __init__(self, most: int = 30_000) -> None:
-        self.most, self.total = most, 0
+        self.most, self.total, self.first = most, 0, ""
         self.errors: list[Item] = []
         self.statuses: set[int] = set()
 
-    def add(self, fault: Item, status: int = 422) -> None:
+    def add(
+        self, place: Place, member: str | None, detail: str, status: int = 422
+    ) -> None:
+        """Add a fault of a member of the item at a place; None is all of the item."""
+        if not self.total:
+            where = f"line {place.line}" if place.line else "the item"
+            self.first = f"{where if member is None else member} {detail}"
         self.total += 1
         self.statuses.add(status)
         if len(self.errors) < self.most:
-            self.errors.append(fault)
+            self.errors.append(place.fault(member, detail))
 
     def raise_worst(self, *among: int) -> None:
         """Raise Problem 422, else 404, else 409, where there were faults."""
         for status in among or (422, 404, 409):
             if status in self.statuses:
-                problem = Problem(status, self.tell(), self.errors)
+                kind = "members are not valid" if self.statuses == {422} else "faults"
+                told = f"{self.total} {kind}" if self.total > 1 else self.first
+                problem = Problem(status, told, self.errors)
                 if self.most == IMPORT_FAULTS or self.total > self.most:
                     problem.more["total"] = self.total
                 raise problem
-
-    def tell(self) -> str:
-        """All of it in a sentence."""
-        if self.total > 1:
-            only = self.statuses == {422}
-            return f"{self.total} {'members are not valid' if only else 'faults'}"
-        fault = self.errors[0]
-        member = unquote(fault["pointer"].rpartition("/")[2])
-        member = member.replace("~1", "/").replace("~0", "~")
-        if member.isdigit() or member in ("#", "item"):
-            member = f"line {fault['line']}" if "line" in fault else "the item"
-        return f"{member} {fault['detail']}"
 
 
 class Checker:
@@ -657,7 +636,7 @@ class Checker:
         """The item as it is stored. `id_rule` is optional, required, or the URI's."""
         if not isinstance(item, dict):
             told = item if isinstance(item, BadLine) else "is not an object"
-            faults.add(place.fault(None, told))
+            faults.add(place, None, told)
             return {}
         values, rules = self.empty.copy(), self.rules
         for name, value in item.items():
@@ -668,12 +647,14 @@ class Checker:
                 elif name in self.lists:
                     values[name] = self.check_rows(place, name, value, faults)
             except ValueError as fault:
-                faults.add(place.fault(escape_pointer(str(name)), str(fault)))
-        for name in self.required:
-            if name not in item:
-                faults.add(place.fault(name, "is required"))
-        if id_rule != "optional":
-            self.check_id(place, item, values, faults, id_rule)
+                faults.add(place, str(name), str(fault))
+        required = self.required + ["id"] * (id_rule == "required")
+        for name in itertools.filterfalse(item.__contains__, required):
+            faults.add(place, name, "is required")
+        if isinstance(id_rule, int):
+            if values.get("id", id_rule) != id_rule:
+                faults.add(place, "id", "is not the URI's")
+            values["id"] = id_rule
         if not self.partial:
             self.require_one(place, item, faults)
         return values
@@ -682,17 +663,7 @@ class Checker:
         """Add a fault where the item has none of the members of which it needs one."""
         given = (str(item.get(name, "")).strip() for name in self.one_of)
         if self.one_of and not any(given):
-            faults.add(place.fault(None, f"needs {' or '.join(self.one_of)}"))
-
-    def check_id(
-        self, place: Place, item: Item, values: Item, faults: Faults, rule: int | str
-    ) -> None:
-        if isinstance(rule, int):
-            if values.get("id", rule) != rule:
-                faults.add(place.fault("id", "is not the URI's"))
-            values["id"] = rule
-        elif "id" not in item:
-            faults.add(place.fault("id", "is required"))
+            faults.add(place, None, f"needs {' or '.join(self.one_of)}")
 
     def check_rows(
         self, place: Place, name: str, value: Any, faults: Faults
@@ -710,7 +681,7 @@ class Checker:
             row = check(at, item, faults)
             if "id" in row:
                 if row["id"] in seen:
-                    faults.add(at.fault("id", "stands twice"))
+                    faults.add(at, "id", "stands twice")
                 seen.add(row["id"])
             rows.append(row)
         return rows
@@ -2431,7 +2402,7 @@ class Saving:
         """Whether an item's id is no earlier one's, sent or counted; else a fault."""
         once = "id" not in item or self.seen.add(item["id"])
         if not once:
-            self.faults.add(place.fault("id", "stands twice"))
+            self.faults.add(place, "id", "stands twice")
         return once
 
     def sort(
@@ -2451,9 +2422,9 @@ class Saving:
                 new.append((place, item))
             elif row is None:
                 if "id" in item:  # else it is told as missing
-                    self.faults.add(place.fault("id", "is nobody's"), 404)
+                    self.faults.add(place, "id", "is nobody's", 404)
             elif self.creates and self.conflict == "fail":
-                self.faults.add(place.fault("id", "is taken"), 409)
+                self.faults.add(place, "id", "is taken", 409)
             elif self.creates and self.conflict == "skip":
                 self.saved.skipped.append(item["id"])
             else:
@@ -2483,7 +2454,7 @@ class Saving:
                     new.remove((place, item))
                     self.saved.skipped.append(0)
                 else:
-                    self.faults.add(place.fault("mail", "is taken"), 409)
+                    self.faults.add(place, "mail", "is taken", 409)
             taken.add(mail)
 
 
@@ -2537,11 +2508,11 @@ def check_rows(
         row = checker.check(place, item, faults, rule)
         found = row.get("id")
         if found and not seen.add(found):
-            faults.add(place.fault("id", "stands twice"))
+            faults.add(place, "id", "stands twice")
         elif how == "create" and found in there:
-            faults.add(place.fault("id", "is taken"), 409)
+            faults.add(place, "id", "is taken", 409)
         elif how != "create" and found and found not in there and number is None:
-            faults.add(place.fault("id", "does not exist"), 404)
+            faults.add(place, "id", "does not exist", 404)
         elif how == "merge" and found in there:
             row = {**there[found], **row}
             checker.require_one(place, row, faults)
@@ -2715,7 +2686,7 @@ PROMETHEUS = "text/plain; version=0.0.4"
 HTML_UTF8 = f"{HTML}; charset=utf-8"
 ALL = (JSON, CSV, NDJSON)
 FORMATS = {"json": JSON, "csv": CSV, "ndjson": NDJSON}
-CSV_MEMBERS = tuple(field.name for field in USER.fields if field.csv)
+CSV_MEMBERS = VIEWS["v1"]
 Body = Union[bytes, Iterator[bytes]]  # an iterator is streamed
 
 
@@ -3115,7 +3086,7 @@ def check_header(rows: list[Any]) -> list[str]:
     the required ones. Raises Problem 422."""
     faults: list[str] = [row for row in rows if isinstance(row, BadLine)]
     header: list[str] = rows[0] if rows and not faults else []
-    columns = {field.name: field for field in USER.fields if field.csv}
+    columns = {name: USER.by_name[name] for name in CSV_MEMBERS}
     faults += [f"{name} is no column" for name in header if name not in columns]
     faults += [f"{name} stands twice" for name in columns if header.count(name) > 1]
     for name, field in columns.items():
@@ -4149,7 +4120,7 @@ def read_query(source: str, known: tuple[str, ...]) -> Item:
 #: what is shown and sent, by its name in the schemas
 FORMS = {shape.name.title(): shape for shape in SHAPES.values()}
 _V1 = tuple(USER.by_name[name] for name in VIEWS["v1"])
-FORMS.update(UserV1=Shape("user", "users", "user", _V1), UserV2=USER)
+FORMS.update(UserV1=Shape("user", "users", "user", *_V1), UserV2=USER)
 #: no parameter: no schema can say that a key goes with one body and without dry_run
 IDEMPOTENCY_KEY = (
     " With a header Idempotency-Key (1 to 255 visible ASCII characters) a request is"
