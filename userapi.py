@@ -52,8 +52,10 @@ import asyncio
 import base64
 import bisect
 import collections
+import csv
 import datetime
 import functools
+import gc
 import hashlib
 import hmac
 import html
@@ -606,7 +608,8 @@ class Checker:
     """How the items of a shape are checked; what is wrong is added to `faults`.
 
     `members` are the names that may be sent; with `partial` only what is sent is
-    checked (a merge); `keeps` names what is kept though it is read-only (an import).
+    checked (a merge); `keeps` names what is kept though it is read-only (an import);
+    with `needs_id` each item has to name its own.
     """
 
     def __init__(
@@ -615,6 +618,7 @@ class Checker:
         members: tuple[str, ...],
         partial: bool = False,
         keeps: tuple[str, ...] = (),
+        needs_id: bool = False,
     ) -> None:
         self.partial, self.one_of = partial, shape.one_of
         #: what gives a member's value as it is stored; None for what is not stored
@@ -628,12 +632,13 @@ class Checker:
                 self.lists[field.name] = Checker(below, below.names)
         written = [] if partial else [f for f in shape.columns if f.name in members]
         self.required = [field.name for field in written if field.required]
+        self.required += ["id"] * needs_id
         self.empty: Item = {f.name: "" for f in written if not f.required}
 
     def check(
-        self, place: Place, item: Any, faults: Faults, id_rule: int | str = "optional"
+        self, place: Place, item: Any, faults: Faults, id: int | None = None
     ) -> Item:
-        """The item as it is stored. `id_rule` is optional, required, or the URI's."""
+        """The item as it is stored; `id` is the URI's."""
         if not isinstance(item, dict):
             told = item if isinstance(item, BadLine) else "is not an object"
             faults.add(place, None, told)
@@ -648,13 +653,12 @@ class Checker:
                     values[name] = self.check_rows(place, name, value, faults)
             except ValueError as fault:
                 faults.add(place, str(name), str(fault))
-        required = self.required + ["id"] * (id_rule == "required")
-        for name in itertools.filterfalse(item.__contains__, required):
+        for name in itertools.filterfalse(item.__contains__, self.required):
             faults.add(place, name, "is required")
-        if isinstance(id_rule, int):
-            if values.get("id", id_rule) != id_rule:
+        if id is not None:
+            if values.get("id", id) != id:
                 faults.add(place, "id", "is not the URI's")
-            values["id"] = id_rule
+            values["id"] = id
         if not self.partial:
             self.require_one(place, item, faults)
         return values
@@ -1092,6 +1096,9 @@ class Saved(NamedTuple):
     created: array.array[int]
     replaced: array.array[int]
     skipped: array.array[int]
+
+    def counts(self) -> list[tuple[str, int]]:
+        return [(name, len(ids)) for name, ids in zip(self._fields, self)]
 
 
 class Log:
@@ -2319,7 +2326,7 @@ class Saving:
 
     `how` is create, replace or merge; `id` the URI's; `check` sees the version of a
     user before it is changed; `conflict` says what is done about an id that is taken;
-    `keeps` names what is kept of new users; `most` bounds the faults told.
+    `keeps` names what an import keeps of new users; it tells fewer faults.
     """
 
     def __init__(
@@ -2331,15 +2338,14 @@ class Saving:
         id: int | None = None,
         check: Callable[[int], None] | None = None,
         conflict: str = "fail",
-        keeps: tuple[str, ...] = (),
-        most: int = 30_000,
+        keeps: Names = (),
     ) -> None:
         self.store, self.creates, self.conflict = store, how == "create", conflict
         self.id, self.check = id, check
-        self.rule = id or ("optional" if self.creates else "required")
         self.saved = Saved(array.array("q"), array.array("q"), array.array("q"))
-        self.faults, self.seen = Faults(most), Seen()
-        self.checker = find_checker(USER, members, how == "merge", keeps)
+        self.faults, self.seen = Faults(IMPORT_FAULTS) if keeps else Faults(), Seen()
+        needs_id = id is None and not self.creates
+        self.checker = find_checker(USER, members, how == "merge", keeps, needs_id)
         self.aside: list[str] | None = None
 
     def save(self, batches: Iterable[Iterable[Entry]]) -> Saved:
@@ -2382,8 +2388,8 @@ class Saving:
         return True
 
     def save_batch(self, batch: Iterable[Entry]) -> None:
-        check, faults, rule = self.checker.check, self.faults, self.rule
-        items = [(place, check(place, item, faults, rule)) for place, item in batch]
+        check, faults, id = self.checker.check, self.faults, self.id
+        items = [(place, check(place, item, faults, id)) for place, item in batch]
         items = [entry for entry in items if self.stands_once(*entry)]
         if self.id is not None:  # of one user, what it holds is told first
             self.faults.raise_worst()
@@ -2501,11 +2507,11 @@ def check_rows(
     number: int | None,
 ) -> tuple[list[Item], Faults]:
     """The rows to be written, given those that are there, and what is wrong."""
-    rule = number or ("optional" if how == "create" else "required")
-    checker = find_checker(shape, shape.names, how == "merge")
+    needs_id = number is None and how != "create"
+    checker = find_checker(shape, shape.names, how == "merge", needs_id=needs_id)
     faults, seen, rows = Faults(), Seen(), []
     for place, item in entries:
-        row = checker.check(place, item, faults, rule)
+        row = checker.check(place, item, faults, number)
         found = row.get("id")
         if found and not seen.add(found):
             faults.add(place, "id", "stands twice")
@@ -2685,6 +2691,7 @@ MERGE, EVENTS, HTML = "application/merge-patch+json", "text/event-stream", "text
 PROMETHEUS = "text/plain; version=0.0.4"
 HTML_UTF8 = f"{HTML}; charset=utf-8"
 ALL = (JSON, CSV, NDJSON)
+KEPT = ("created", "updated")  # that an import takes over for a new user
 FORMATS = {"json": JSON, "csv": CSV, "ndjson": NDJSON}
 CSV_MEMBERS = VIEWS["v1"]
 Body = Union[bytes, Iterator[bytes]]  # an iterator is streamed
@@ -3046,14 +3053,8 @@ def ndjson_entries(file: Any) -> Iterator[Entry]:
                 yield Place("#", number), BadLine(f"is not valid JSON: {fault}")
 
 
-def read_ndjson(file: Any) -> Iterator[list[Entry]]:
-    return batches(ndjson_entries(file))
-
-
 def read_csv(file: Any) -> Iterator[Columns | list[Entry]]:
     """The items of CSV (RFC 4180) with their physical lines; the header is line 1."""
-    import csv
-
     reader = csv.reader(map(bytes.decode, read_lines(file)), strict=True)
     first = take_rows(reader, 1)
     while first == [[]]:  # a blank line
@@ -3067,8 +3068,6 @@ def read_csv(file: Any) -> Iterator[Columns | list[Entry]]:
 
 def take_rows(reader: Any, most: int) -> list[Any]:
     """The next rows of a CSV reader; the last is a BadLine if it could not be read."""
-    import csv
-
     rows: list[Any] = []
     try:
         rows.extend(itertools.islice(reader, most))
@@ -3135,51 +3134,21 @@ def guard(cell: Any) -> Any:
     return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
 
 
-READERS = {CSV: read_csv, NDJSON: read_ndjson}
-
-
-def import_users(
-    store: Store,
-    file: Any,
-    media: str,
-    watch: Callable[[int], None],
-    *,
-    conflict: str,
-    view: str = "v2",
-    keeps: tuple[str, ...] = ("created", "updated"),
-) -> Item:
-    """Read CSV or NDJSON into the store, all of it or nothing, in bounded memory.
-
-    `watch` is told how many items have been read; `keeps` names what is kept of new
-    users. Gives the numbers of users created, replaced and skipped. Raises Problem 422
-    or 409 with the bad lines.
-    """
-
-    def watched() -> Iterator[Iterable[Entry]]:
-        count = 0
-        for batch in READERS[media](file):
-            count += len(batch)
-            watch(count)
-            yield batch
-
-    saving = Saving(
-        store,
-        "create",
-        members_in(media, view),
-        conflict=conflict,
-        keeps=keeps,
-        most=IMPORT_FAULTS,
-    )
-    saved = saving.save(watched())
-    return {name: len(ids) for name, ids in zip(Saved._fields, saved)}
+def read_batches(
+    file: Any, media: str, watch: Callable[[int], None]
+) -> Iterator[Iterable[Entry]]:
+    """The items of CSV or NDJSON; `watch` is told how many of them have been read."""
+    count = 0
+    for batch in read_csv(file) if media == CSV else batches(ndjson_entries(file)):
+        count += len(batch)
+        watch(count)
+        yield batch
 
 
 # Writing answers
 
 
 def csv_lines(rows: Iterable[Sequence[Any]]) -> bytes:
-    import csv
-
     out = io.StringIO()
     csv.writer(out).writerows([guard(cell) for cell in row] for row in rows)
     return out.getvalue().encode()
@@ -3338,17 +3307,17 @@ def get_user(call: Call) -> Answer:
 
 
 def save_users(call: Call) -> Answer:
-    conflict = call.params.get("conflict", "fail")
-    if call.takes != JSON:
-        return import_body(call, conflict)
     saving = Saving(
         call.store,
         HOW[call.method],
-        call.members,
+        members_in(call.takes, call.view),
         id=call.args.get("id"),
         check=call.precondition(),
-        conflict=conflict,
+        conflict=call.params.get("conflict", "fail"),
+        keeps=() if call.takes == JSON else KEPT,
     )
+    if call.takes != JSON:
+        return import_body(call, saving)
     items, one = read_items(call)
     saved = saving.save([items])
     ids = [*saved.created, *saved.replaced]
@@ -3359,24 +3328,20 @@ def save_users(call: Call) -> Answer:
     return show_saved(call, texts)
 
 
-def import_body(call: Call, conflict: str) -> Answer:
+def import_body(call: Call, saving: Saving) -> Answer:
     """Import CSV or NDJSON; the users are counted, and not shown."""
-    file, watch = io.BytesIO(call.body), call.refuse_many
-    counts = import_users(
-        call.store, file, call.takes, watch, conflict=conflict, view=call.view
-    )
-    told = (f', "{name}": {count}' for name, count in counts.items())
-    return acknowledge(call, "".join(told))
+    items = read_batches(io.BytesIO(call.body), call.takes, call.refuse_many)
+    counts = saving.save(items).counts()
+    return acknowledge(call, "".join(f', "{n}": {count}' for n, count in counts))
 
 
-def wanted_ids(call: Call, name: str) -> list[int]:
+def wanted_ids(call: Call, name: str) -> Any:
     """What to delete: the one that the path names, or those of the parameter id."""
     if name in call.args:
         return [call.args[name]]
     if "id" not in call.params:
         raise bad_query(("id", "is required: id=1,2,3"))
-    ids: list[int] = call.params["id"]
-    return ids
+    return call.params["id"]
 
 
 def delete_users(call: Call) -> Answer:
@@ -3512,27 +3477,28 @@ LIST = "All users, or those that the parameters find; streamed if there is no li
 
 def row_operations(shape: Shape) -> tuple[Operation, ...]:
     """The operations on this kind of rows below a user."""
-    row, rows, title = shape.name, shape.plural, shape.title
-    many = f"/user/<id:id>/{row}"
-    one = f"{many}/<n:id>"
+    row, rows, it, its = (
+        shape.name,
+        shape.plural,
+        shape.title,
+        f"{shape.title} of a user",
+    )
+    many, one = f"/user/<id:id>/{row}", f"/user/<id:id>/{row}/<n:id>"
     on = functools.partial(Operation, shape=shape)
     return (
-        on(f"list_{rows}", "GET", many, list_rows, f"The {title} list of a user."),
-        on(f"get_{row}", "GET", one, get_row, f"One {title} of a user."),
-        on(f"create_{row}", "POST", many, save_rows,
-            f"Add a {title} to a user, or many."),
+        on(f"list_{rows}", "GET", many, list_rows, f"The {it} list of a user."),
+        on(f"get_{row}", "GET", one, get_row, f"One {its}."),
+        on(f"create_{row}", "POST", many, save_rows, f"Add a {it} to a user, or many."),
         on(f"replace_{rows}", "PUT", many, save_rows,
-            f"Replace each {title} of a user that the items name."),
+            f"Replace each {its} that the items name."),
         on(f"merge_{rows}", "PATCH", many, save_rows,
-            f"Merge each item into the {title} of a user that it names (RFC 7396)."),
+            f"Merge each item into the {its} that it names (RFC 7396)."),
         on(f"delete_{rows}", "DELETE", many, delete_rows,
-            f"Delete each {title} of a user that the parameter id names.", ("id",)),
-        on(f"replace_{row}", "PUT", one, save_rows,
-            f"Replace one {title} of a user."),
+            f"Delete each {its} that the parameter id names.", ("id",)),
+        on(f"replace_{row}", "PUT", one, save_rows, f"Replace one {its}."),
         on(f"merge_{row}", "PATCH", one, save_rows,
-            f"Merge the item into one {title} of a user (RFC 7396)."),
-        on(f"delete_{row}", "DELETE", one, delete_rows,
-            f"Delete one {title} of a user."),
+            f"Merge the item into one {its} (RFC 7396)."),
+        on(f"delete_{row}", "DELETE", one, delete_rows, f"Delete one {its}."),
     )  # fmt: skip
 
 
@@ -6176,8 +6142,7 @@ def open_file(path: str, mode: str) -> Any:
     return open(standard if path == "-" else path, mode, closefd=path != "-")
 
 
-#: what an import keeps of new users: who moves a database moves its ETags
-MOVED = ("created", "updated", "version")
+MOVED = (*KEPT, "version")  # who moves a database moves its ETags
 
 
 def run_import(
@@ -6193,18 +6158,16 @@ def run_import(
                 bar.show(count, source.tell() / size if size else 0.0)
 
             store.do_without_log()
+            members = members_in(media, "v2")
+            saving = Saving(store, "create", members, conflict=conflict, keeps=MOVED)
             with store.transaction(keep=not dry_run), without_collector():
-                counts = import_users(
-                    store, source, media, watch, conflict=conflict, keeps=MOVED
-                )
-    print(", ".join(f"{count} {name}" for name, count in counts.items()))
+                saved = saving.save(read_batches(source, media, watch))
+    print(", ".join(f"{count} {name}" for name, count in saved.counts()))
 
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
     """An import makes no cycles; to look for some takes an eighth of its time."""
-    import gc
-
     gc.disable()
     try:
         yield
