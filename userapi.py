@@ -96,7 +96,7 @@ __version__ = "1.0.0"
 
 Environ = dict[str, Any]
 Item = dict[str, Any]
-Headers = list[tuple[str, str]]
+Headers = Sequence[tuple[str, str]]
 Rows = list[Any]  # of tuples, as SQLite gives them
 Names = tuple[str, ...]  # of members, parameters, media types …
 
@@ -508,9 +508,9 @@ class Shape:
         self.by_name = {field.name: field for field in fields}
         self.names = tuple(self.by_name)
         self.values = operator.itemgetter(*self.names)
-        written = [f for f in fields if f.name != "id" and not f.read_only]
-        #: those that are a column which a client writes, without the id
-        self.columns = tuple(field for field in written if field.column)
+        #: those that a client writes, without the id; and which of them are a column
+        self.written = [f for f in fields if f.name != "id" and not f.read_only]
+        self.columns = tuple(field for field in self.written if field.column)
 
 
 PHONE = Shape("phone", "phones", "phone number",
@@ -701,10 +701,9 @@ find_checker = functools.lru_cache(maxsize=64)(Checker)
 
 def is_clean(text: str) -> bool:
     """Whether lines of text hold nothing that clean_name() looks at more closely."""
-    if not text.replace("\n", "").isprintable():
-        return False
     normal = text.isascii() or unicodedata.is_normalized("NFC", text)
-    return normal and (text.isascii() or INVISIBLE.isdisjoint(text))
+    seen = text.isascii() or INVISIBLE.isdisjoint(text)
+    return normal and seen and text.replace("\n", "").isprintable()
 
 
 class Columns:
@@ -975,7 +974,7 @@ ASIDE_SQL = (
 )
 WRITTEN = tuple(field.name for field in USER.columns)
 LASTS = tuple(f"last_{name}" for name in SHAPES)
-LOGGED = tuple(f.name for f in USER.fields if f.name != "id" and not f.read_only)
+LOGGED = tuple(field.name for field in USER.written)
 #: what a write reads of a user first, and the statement that reads it
 STORED = ("id", "version", *LASTS, *(field.name for field in USER.columns))
 STORED_SQL = (
@@ -2706,7 +2705,7 @@ class Answer(NamedTuple):
     """What an operation answers."""
 
     body: Body
-    headers: Headers = []
+    headers: Headers = ()
     media: str = JSON
     status: int = 200
 
@@ -2911,12 +2910,10 @@ class Call:
             raise Problem(412, "someone was faster; read the user again")
         return none is not None and has_tag(none, tag, weak=True)
 
-    def tagged(
-        self, body: Body, tag: str, headers: Sequence[tuple[str, str]] = ()
-    ) -> Answer:
+    def tagged(self, body: Body, tag: str, headers: Headers = ()) -> Answer:
         """The answer to a GET; plain JSON has a tag, and is a 304 to who has it."""
         if self.media != JSON or "fields" in self.params:
-            return Answer(body, [*headers], self.media)
+            return Answer(body, headers, self.media)
         headers = [("ETag", tag), *headers]
         if self.client_has(tag):
             return Answer(b"", headers, status=304)
@@ -3193,12 +3190,10 @@ def read_pages(
     return store.pages(select, query, JOINTS[media])
 
 
-def acknowledge(
-    call: Call, members: str = "", headers: Sequence[tuple[str, str]] = ()
-) -> Answer:
+def acknowledge(call: Call, members: str = "", headers: Headers = ()) -> Answer:
     """The answer to a write; `members` are more of it, as JSON text."""
     body = f'{{"code": 0, "message": "SUCCESS"{members}}}'
-    return Answer(body.encode(), [*headers], status=call.operation.status)
+    return Answer(body.encode(), headers, status=call.operation.status)
 
 
 def show_saved(
@@ -3288,7 +3283,7 @@ def tell_next(call: Call, path: str, name: str, place: Any) -> tuple[str, Header
     """The member `next` and the header Link of a limited answer: the same query, but
     for the parameter that says from where on; there is no more if its place is None."""
     if place is None:
-        return ', "next": null', []
+        return ', "next": null', ()
     pairs = query_pairs(call.environ["QUERY_STRING"])
     query = [*(pair for pair in pairs if pair[0] != name), (name, place)]
     uri = f"{call.uri(path)}?{urlencode(query, safe=',')}"
@@ -3402,11 +3397,10 @@ def list_changes(call: Call) -> Answer:
         call.store.changes(last_seq, 1)  # a 410 is said before the stream begins
         return Answer(events(call, last_seq), [], EVENTS)
     rows = call.store.changes(since, limit or MAX_CHANGES)
-    members, tail, headers = ", ".join(row for row, _ in rows), "", Headers()
-    if limit:
-        more = len(rows) == limit and rows[-1][1] < call.store.last_seq()
-        place = rows[-1][1] if more else None
-        tail, headers = tell_next(call, "/changes", "since", place)
+    members = ", ".join(row for row, _ in rows)
+    more = len(rows) == limit and rows[-1][1] < call.store.last_seq()
+    place = rows[-1][1] if more else None
+    tail, headers = tell_next(call, "/changes", "since", place) if limit else ("", ())
     return Answer(f'{{"results": [{members}]{tail}}}'.encode(), headers)
 
 
@@ -3446,17 +3440,6 @@ def events(call: Call, since: int | None) -> Iterator[bytes]:
                 time.sleep(0.25)
         if not ours and time.monotonic() - began > TURN:
             return
-
-
-def get_page(call: Call) -> Answer:
-    seq, writes = call.store.last_seq(), call.role == "admin"
-    return html_answer(page(call.prefix, seq, call.actor, writes))
-
-
-def html_answer(document: tuple[str, str]) -> Answer:
-    body, policy = document
-    headers = [("Content-Security-Policy", policy)]
-    return Answer(body.encode(), headers, HTML_UTF8)
 
 
 def get_postman(call: Call) -> Answer:
@@ -3527,9 +3510,9 @@ OPERATIONS = (
     Operation("list_changes", "GET", "/changes", list_changes,
         "Who changed which members of whom; as server-sent events it stays open.",
         ("since", "limit"), answers=(JSON, EVENTS)),
-    Operation("get_page", "GET", "/", get_page, "The admin page.", answers=(HTML,)),
-    Operation("get_reference", "GET", "/docs",
-        lambda call: html_answer(reference(call.prefix)),
+    Operation("get_page", "GET", "/", lambda call: page(call), "The admin page.",
+        answers=(HTML,)),
+    Operation("get_reference", "GET", "/docs", lambda call: reference(call.prefix),
         "The reference for people.", answers=(HTML,)),
     Operation("get_openapi", "GET", "/openapi.json",
         lambda call: Answer(to_json(openapi(call.prefix))), "The OpenAPI document."),
@@ -4175,9 +4158,9 @@ def schema_of(sample: Any) -> Item:
 
 def example_of(shape: Shape, how: str = "") -> Item:
     """An item as it is shown or, with `how`, as it is sent."""
-    fields = [f for f in shape.fields if f in shape.columns or f.rows or not how]
+    fields: Sequence[Field] = shape.written if how else shape.fields
     if how.startswith("Merge"):
-        fields = [f for f in fields if not f.rows][-1:]
+        fields = shape.columns[-1:]
     item: Item = {"id": 1} if how.endswith("Each") else {}
     for f in fields:
         item[f.name] = [example_of(SHAPES[f.rows], how)] if f.rows else f.example
@@ -4856,7 +4839,7 @@ def hash_source(text: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-def html_document(style: str, script: str, **parts: str) -> tuple[str, str]:
+def html_answer(style: str, script: str, **parts: str) -> Answer:
     """A document and its Content-Security-Policy: this style and script, no others."""
     style, script = style.strip(), script.strip()
     policy = (
@@ -4865,44 +4848,37 @@ def html_document(style: str, script: str, **parts: str) -> tuple[str, str]:
         " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     document = string.Template(HTML_DOCUMENT.strip())
-    return document.substitute(parts, style=style, script=script), policy
+    text = document.substitute(parts, style=style, script=script)
+    return Answer(text.encode(), [("Content-Security-Policy", policy)], HTML_UTF8)
 
 
 FORM_FIELD = (
-    '<label class="field">{title}<input name="{name}" type="{kind}" dir="auto"'
+    '<label class="field">{0.title}<input name="{0.name}" type="{0.input}" dir="auto"'
     ' autocomplete="off"><small class="error"></small></label>'
 )
 FORM_LIST = (
-    '<fieldset name="{name}"><legend>{title}</legend><small class="error"></small>'
-    '<button type="button" name="add">Add {name}</button></fieldset>'
+    '<fieldset name="{0.name}"><legend>{0.title}</legend><small class="error"></small>'
+    '<button type="button" name="add">Add {0.name}</button></fieldset>'
 )
-FORM_SHEET = '<template id="{name}"><div class="item">{inner}</div></template>'
 FORM_ROW = (
-    '{inner}<label hidden><input name="id" type="number"></label><small class="error">'
-    '</small><button type="button" name="drop" aria-label="Remove this {name}">×'
-    "</button>"
+    '<label hidden><input name="id" type="number"></label><small class="error"></small>'
+    '<button type="button" name="drop" aria-label="Remove this {0.name}">×</button>'
 )
 
 
 def form_sheet(shape: Shape) -> str:
     """The template of a form for what has this shape."""
-    inner = ""
-    for field in shape.fields:
-        if not field.read_only and field.name != "id":
-            part = FORM_LIST if field.rows else FORM_FIELD
-            kind = "number" if field.schema["type"] == "integer" else field.input
-            inner += part.format(name=field.name, title=field.title, kind=kind)
-    if shape is not USER:
-        inner = FORM_ROW.format(name=shape.name, inner=inner)
-    return FORM_SHEET.format(name=shape.name, inner=inner)
+    parts = [(FORM_LIST if f.rows else FORM_FIELD).format(f) for f in shape.written]
+    inner = "".join(parts) + FORM_ROW.format(shape) * (shape is not USER)
+    return f'<template id="{shape.name}"><div class="item">{inner}</div></template>'
 
 
-def page(prefix: str, seq: int, actor: str | None, write: bool) -> tuple[str, str]:
-    """The admin page and its policy."""
-    path, sheets = html.escape(prefix), map(form_sheet, (USER, *SHAPES.values()))
-    kinds = "open" * (actor is None) + " reader" * (not write)
-    body = string.Template(PAGE_HTML.strip())
-    return html_document(
+def page(call: Call) -> Answer:
+    """The admin page."""
+    path, sheets = html.escape(call.prefix), map(form_sheet, (USER, *SHAPES.values()))
+    kinds = "open" * (call.actor is None) + " reader" * (call.role != "admin")
+    seq, body = call.store.last_seq(), string.Template(PAGE_HTML.strip())
+    return html_answer(
         PAGE_STYLE,
         PAGE_SCRIPT,
         title="Users",
@@ -4963,15 +4939,15 @@ document.onclick = ({ target }) => {
 
 DOCS_HTML = r"""
 <nav aria-label="Operations">
-  <a href="$prefix/">← Users</a>
-  <a href="$prefix/openapi.json">OpenAPI</a> <a href="$prefix/postman.json">Postman</a>
-  $links
+  <a href="{prefix}/">← Users</a>
+  <a href="{prefix}/openapi.json">OpenAPI</a>
+  <a href="{prefix}/postman.json">Postman</a> {links}
 </nav>
 <main>
   <h1>API reference</h1>
   <p>Paths under <code>/api/v2</code> are given; the same ones under
     <code>/api/v1</code>, or <code>/api</code> alone, show v1's members.</p>
-  $articles
+  {articles}
 </main>
 """
 DOCS_LINK = '<a href="#{operationId}"><b>{method}</b> {path}</a>\n'
@@ -4990,8 +4966,8 @@ DOCS_ARTICLE = """
 """
 
 
-def reference(prefix: str) -> tuple[str, str]:
-    """The reference for people and its policy: the OpenAPI document as a page."""
+def reference(prefix: str) -> Answer:
+    """The reference for people: the OpenAPI document as a page."""
     links, articles = "", ""
     for path, methods in openapi(prefix)["paths"].items():
         for method, told in methods.items():
@@ -4999,14 +4975,9 @@ def reference(prefix: str) -> tuple[str, str]:
                 values = operation_values(prefix, method.upper(), path, told)
                 links += DOCS_LINK.format_map(values)
                 articles += DOCS_ARTICLE.format_map(values)
-    parts = {"prefix": html.escape(prefix), "links": links, "articles": articles}
-    return html_document(
-        PAGE_STYLE + DOCS_STYLE,
-        DOCS_SCRIPT,
-        title="API reference",
-        attributes="",
-        body=string.Template(DOCS_HTML).substitute(parts),
-    )
+    body = DOCS_HTML.format(prefix=html.escape(prefix), links=links, articles=articles)
+    style, title = PAGE_STYLE + DOCS_STYLE, "API reference"
+    return html_answer(style, DOCS_SCRIPT, title=title, attributes="", body=body)
 
 
 def operation_values(prefix: str, method: str, path: str, told: Item) -> Item:
@@ -6250,49 +6221,42 @@ def run_token(action: str, name: str, read_only: bool, **given: Any) -> None:
                 print("\t".join(part or "never" for part in row))
 
 
-def print_document(document: Item) -> None:
-    print(json.dumps(document, indent=2))  # ASCII, as not every terminal has more
+def run_openapi(**_: Any) -> None:
+    print(json.dumps(openapi(), indent=2))  # ASCII, as not every terminal has more
+
+
+def run_postman(**_: Any) -> None:
+    print(json.dumps(postman(), indent=2))
 
 
 FLAGS = tuple(setting.name for setting in SETTINGS if setting.name != "token")
 STORE_SETTINGS = ("db", "unique_mail", "keep_changes")
 
 
-class Command(NamedTuple):
-    """A command: what runs it, the arguments of its own, and the settings it takes; as
-    keywords they are what `run` is called with."""
-
-    help: str
-    run: Callable[..., int | None]
-    arguments: dict[str, Item] = {}
-    settings: tuple[str, ...] = STORE_SETTINGS
-
-
-COMMANDS = {
-    "serve": Command("serve users over HTTP (what is done without a command)",
-        run_serve, settings=FLAGS),
-    "import": Command("read users from CSV or NDJSON", run_import, {
+#: command: (help, what runs it, the arguments of its own); those and the settings are
+#: the keywords that it is run with
+COMMANDS: dict[str, tuple[str, Callable[..., int | None], Item]] = {
+    "serve": ("serve users over HTTP (what is done without a command)", run_serve, {}),
+    "import": ("read users from CSV or NDJSON", run_import, {
         "file": {"help": "a file, or - for standard input"},
         "--format": {"choices": ("csv", "ndjson")},
         "--conflict": {"choices": CONFLICT["enum"], "default": "fail"},
         "--dry-run": {"action": "store_true"},
     }),
-    "export": Command("write users as CSV, NDJSON or JSON", run_export, {
+    "export": ("write users as CSV, NDJSON or JSON", run_export, {
         "file": {"nargs": "?", "default": "-"},
         "--format": {"choices": tuple(FORMATS)},
     }),
-    "backup": Command("make a consistent copy while the server runs", run_backup,
+    "backup": ("make a consistent copy while the server runs", run_backup,
         {"file": {}}),
-    "check": Command("check the integrity of the database", run_check),
-    "token": Command("add, list and revoke named tokens", run_token, {
+    "check": ("check the integrity of the database", run_check, {}),
+    "token": ("add, list and revoke named tokens", run_token, {
         "action": {"choices": ("add", "list", "revoke")},
         "name": {"nargs": "?", "default": ""},
         "--read-only": {"action": "store_true"},
     }),
-    "openapi": Command("print the OpenAPI document",
-        lambda **_: print_document(openapi())),
-    "postman": Command("print the Postman collection",
-        lambda **_: print_document(postman())),
+    "openapi": ("print the OpenAPI document", run_openapi, {}),
+    "postman": ("print the Postman collection", run_postman, {}),
 }  # fmt: skip
 
 
@@ -6304,26 +6268,23 @@ def build_parser() -> Any:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
+    for name, (told, _, arguments) in COMMANDS.items():
         made = commands.add_parser(
-            name, help=command.help, description=command.help, allow_abbrev=False
+            name, help=told, description=told, allow_abbrev=False
         )
-        add_settings(made, command.settings)
-        for argument, options in command.arguments.items():
+        add_settings(made, FLAGS if name == "serve" else STORE_SETTINGS)
+        for argument, options in arguments.items():
             made.add_argument(argument, **options)
     return parser
 
 
-def add_settings(parser: Any, names: tuple[str, ...]) -> None:
+def add_settings(parser: Any, names: Names) -> None:
     for name, default, told, *_ in SETTINGS:
-        if name not in names:
-            continue
         flag = f"--{name.replace('_', '-')}"
-        if isinstance(default, bool):
+        if name in names and isinstance(default, bool):
             parser.add_argument(flag, action="store_true", default=None, help=told)
-        else:
-            value = ",".join(default) if isinstance(default, tuple) else default
-            meaning = f"{told} ({value})" if value != "" else told
+        elif name in names:
+            meaning = f"{told} ({default})" if default else told
             parser.add_argument(flag, metavar=name.upper(), help=meaning)
 
 
@@ -6334,7 +6295,8 @@ def run_arguments(arguments: list[str]) -> int:
         raise SettingError("a token is no flag: set USERAPI_TOKEN or --token-file")
     try:
         given = vars(build_parser().parse_args(arguments))
-        return COMMANDS[given.pop("command")].run(**given) or 0
+        _, run, _ = COMMANDS[given.pop("command")]
+        return run(**given) or 0
     except SystemExit as end:  # argparse has told what it had to
         return int(end.code or 0)
     finally:
