@@ -5007,6 +5007,7 @@ REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0
 SECTION = re.compile(rb"(?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 FRAMING = re.compile(rb"(?im)^(?:content-length|transfer-encoding):")
+EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])")
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 #: fields that tell of a body
@@ -5225,6 +5226,9 @@ class Connection(asyncio.Protocol):
     def read_head(self) -> bool:
         """Take a head out of the buffer; False while it is not all there."""
         settings, buffer = self.settings, self.buffer
+        if buffer.startswith(b"\r\n"):  # empty lines in front (RFC 9112 §2.2)
+            self.buffer = EMPTY_LINES.sub(b"", buffer)
+            return bool(self.buffer) and self.read_head()
         end = buffer.find(b"\r\n\r\n")
         line_end = buffer.find(b"\r\n", 0, settings.max_line + 2)
         if line_end < 0 and len(buffer) > settings.max_line:
@@ -5375,6 +5379,15 @@ class Connection(asyncio.Protocol):
             return self.server.failed(fault, environ)
 
     def answer(self, environ: Environ, given: Given) -> None:
+        """Send an answer. If it cannot be sent, that is the affair of this connection
+        alone: others wait for the answers of the same turn."""
+        try:
+            self.give(environ, given)
+        except Exception as fault:  # of what is wrapped around the application
+            self.server.app.report(environ, fault)
+            self.transport.abort()
+
+    def give(self, environ: Environ, given: Given) -> None:
         """Send an answer: at once where it is whole, else as it is taken."""
         if self.transport.is_closing():
             close_body(given[2])
@@ -5390,15 +5403,15 @@ class Connection(asyncio.Protocol):
         try:
             lines = head_lines(status, tuple(headers))
         except ValueError as fault:
-            self.answer(environ, self.server.failed(fault, environ))
+            self.give(environ, self.server.failed(fault, environ))
             return
         if self.chunked:
-            lines += "Transfer-Encoding: chunked\r\n"
+            lines += b"Transfer-Encoding: chunked\r\n"
         if not keep:
-            lines += "Connection: close\r\n"
+            lines += b"Connection: close\r\n"
         elif not modern:
-            lines += "Connection: keep-alive\r\n"
-        head = f"{lines}{self.server.date}\r\n".encode("latin-1")
+            lines += b"Connection: keep-alive\r\n"
+        head = b"%b%b\r\n" % (lines, self.server.date)
         self.closing = self.closing or not keep
         environ["userapi.status"], environ["userapi.sent"] = status[:3], 0
         if whole:
@@ -5565,13 +5578,13 @@ def find_length(headers: Headers) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def head_lines(status: str, headers: tuple[tuple[str, str], ...]) -> str:
+def head_lines(status: str, headers: tuple[tuple[str, str], ...]) -> bytes:
     """The head of an answer as the application gave it. Raises ValueError."""
     lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
     text = f"HTTP/1.1 {status}\r\n{lines}"
     if text.count("\n") != len(headers) + 1 or text.count("\r") != len(headers) + 1:
         raise ValueError("a header field holds a line break")
-    return text
+    return text.encode("latin-1")
 
 
 def pull(stream: Iterator[bytes]) -> Any:
@@ -5782,7 +5795,8 @@ class Server:
         self.sweeper = self.loop.call_later(1, self.sweep)
         now = time.monotonic()
         self.clock = time.strftime("%d/%b/%Y:%H:%M:%S %z")
-        self.date = f"Date: {formatdate(usegmt=True)}\r\nServer: userapi\r\n"
+        date = formatdate(usegmt=True).encode()
+        self.date = b"Date: %b\r\nServer: userapi\r\n" % date
         self.told.clear()
         for connection in list(self.connections):
             connection.sweep(now)
