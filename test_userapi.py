@@ -682,6 +682,39 @@ def test_an_empty_token_file_is_refused(db, tmp_path):
         UserAPI(db=str(db), token_file=str(path))
 
 
+def test_a_token_file_that_is_named_beats_the_variables(connect, monkeypatch, tmp_path):
+    for name in ("named", "variable"):
+        (tmp_path / name).write_text(f"{name}\n")
+        (tmp_path / name).chmod(0o600)
+    named = str(tmp_path / "named")
+    monkeypatch.setenv("USERAPI_TOKEN", "text")
+    monkeypatch.setenv("USERAPI_TOKEN_FILE", str(tmp_path / "variable"))
+    for right, options in (
+        ("text", {}),
+        ("named", {"token_file": named}),
+        ("keyword", {"token_file": named, "token": "keyword"}),
+    ):
+        client = connect(**options)
+        for token in ("text", "variable", "named", "keyword"):
+            status = 200 if token == right else 401
+            assert client("GET /api/user/1", headers=bearer(token)).status_int == status
+
+
+def test_serve_takes_every_setting_but_the_stores(connect):
+    """As keywords, in force from then on: the token above all."""
+    client = connect(cors="")
+    client.app.configure({"token": TOKEN, "cors": FRIEND, "trusted_proxy": "127.0.0.1"})
+    assert client("GET /api/user/1").status_int == 401
+    headers = {**bearer(TOKEN), "Origin": FRIEND}
+    answer = client("GET /api/user/1", headers=headers)
+    assert answer.headers["Access-Control-Allow-Origin"] == FRIEND
+    assert answer.headers["Vary"] == "Accept, Origin"
+    assert client.app.guard.is_trusted("127.0.0.1")
+    for name in ("db", "unique_mail", "keep_changes"):
+        with pytest.raises(ValueError, match=name):
+            userapi.serve(client.app, **{name: 1})
+
+
 # ------------------------------------------------------------------------------------
 # Problems
 # ------------------------------------------------------------------------------------
@@ -4515,6 +4548,7 @@ HALVES = f"10|{JSON_BODY[:16]}|{SIZE - 16:x};x=y|{JSON_BODY[16:]}|0|"
 WIRE = [
     (f"GET /health HTTP/1.1|{AT}|", [200]),
     (f"GET /health HTTP/1.1|{AT}|" * 3, [200, 200, 200]),
+    (f"|GET /health HTTP/1.1|{AT}|||GET /health HTTP/1.1|{AT}|", [200, 200]),
     (f"GET /health HTTP/1.1|{AT}|GET /nothing HTTP/1.1|{AT}|", [200, 404]),
     (f"GET /health HTTP/1.1|{AT}Connection: close||" * 2, [200]),
     (f"GET /health HTTP/1.1|{AT}Connection: x , Close||" * 2, [200]),
@@ -4595,7 +4629,7 @@ WIRE = [
     (f"{CHUNKED}5;{'x' * 2000}", [400]),
     (f"{CHUNKED}{SIZE:04x};{'x' * 1017}|{JSON_BODY}|0||", [201]),
     (f"{CHUNKED}{SIZE:04x};{'x' * 1018}|{JSON_BODY}|0||", [400]),
-    ("||", [400]),
+    ("||", []),
     (f"GET /health?x=1 HTTP/1.1|{AT}|", [400]),
     (f"{CHUNKED}ffffffff|", [413]),
     (f"{CHUNKED}fffffffff|", [400]),

@@ -150,6 +150,7 @@ SETTINGS = (
     Setting("log", "text", "access log: text, json or off",
         "text|json|off", "is text, json or off"),
 )  # fmt: skip
+STORE_SETTINGS = ("db", "unique_mail", "keep_changes")
 POSTGRESQL = ("postgresql://", "postgres://")
 TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
@@ -175,7 +176,8 @@ class Settings:
             if value is None:
                 value = os.environ.get(f"USERAPI_{name.upper()}") or default
             setattr(self, name, convert(name, default, value))
-        if self.token_file and not self.token:
+        beaten = given.get("token_file") and not given.get("token")
+        if self.token_file and (beaten or not self.token):
             self.token: str = read_token(self.token_file)
         self._refuse_wrong()
 
@@ -190,7 +192,8 @@ class Settings:
 
     def update(self, given: dict[str, Any]) -> None:
         """Take over other values. Raises SettingError."""
-        vars(self).update(vars(Settings({**vars(self), **given})))
+        old = {**vars(self), "token": None} if given.get("token_file") else vars(self)
+        vars(self).update(vars(Settings({**old, **given})))
 
 
 def convert(name: str, default: Any, value: Any) -> Any:
@@ -3630,6 +3633,7 @@ class Guard:
         token = settings.token.encode()
         self.digest = hashlib.sha256(token).digest() if token else None
         self.trusted = read_networks(settings.trusted_proxy)
+        self.vary = [("Vary", "Accept, Origin" if settings.cors else "Accept")]
         self.failures: dict[str, list[float]] = {}
 
     @property
@@ -3818,7 +3822,15 @@ class UserAPI:
         self.guard = Guard(self.settings, self.store, open)
         self.metrics = Metrics()
         self.pages: dict[Any, tuple[int, tuple[bytes, Headers]]] = {}
-        self.vary = [("Vary", "Accept, Origin" if self.settings.cors else "Accept")]
+
+    def configure(self, given: dict[str, Any]) -> None:
+        """Take over other settings, but for those of the store that was opened. Raises
+        SettingError."""
+        for name in STORE_SETTINGS:
+            if given.get(name) is not None:
+                raise SettingError(f"{name} is a keyword of UserAPI, not of serve")
+        self.settings.update(given)
+        self.guard = Guard(self.settings, self.store, self.guard.open)
 
     def close(self) -> None:
         """Close the database's connections."""
@@ -3839,7 +3851,7 @@ class UserAPI:
             environ["REMOTE_USER"] = call.actor
         took = time.perf_counter() - began
         self.metrics.note(call.operation.name, answer.status, took)
-        body, headers = answer.body, [*answer.headers, *COMMON, *self.vary]
+        body, headers = answer.body, [*answer.headers, *COMMON, *self.guard.vary]
         if answer.media != HTML_UTF8:
             headers.append(("Content-Security-Policy", POLICY))
         if self.settings.cors and self.guard.is_listed(call):
@@ -6025,7 +6037,7 @@ def serve(app: UserAPI, **settings: Any) -> None:
     Raises SettingError where it cannot listen, or must not: an address that others
     reach needs a token.
     """
-    app.settings.update(settings)
+    app.configure(settings)
     if not app.guard.configured:
         refuse_exposed(app.settings)
     sockets, server = open_sockets(app.settings), Server(app)
@@ -6244,7 +6256,6 @@ def run_postman(**_: Any) -> None:
 
 
 FLAGS = tuple(setting.name for setting in SETTINGS if setting.name != "token")
-STORE_SETTINGS = ("db", "unique_mail", "keep_changes")
 
 
 #: command: (help, what runs it, the arguments of its own); those and the settings are
