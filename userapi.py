@@ -215,13 +215,15 @@ def convert(name: str, default: Any, value: Any) -> Any:
 
 
 def read_token(path: str) -> str:
-    """The token in a file that only its owner (and group) can read."""
+    """The token in a file that only its owner (and group) can read; or on a read-only
+    mount, as containers get their secrets, where the mode says nothing."""
     try:
-        with open(path, encoding="ascii") as file:
-            if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o007:
+        with open(path, encoding="latin-1") as file:
+            shared = os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o007
+            if shared and not os.fstatvfs(file.fileno()).f_flag & os.ST_RDONLY:
                 raise SettingError("token_file can be read by others: chmod 600 it")
             token = file.read().strip()
-    except (OSError, UnicodeError) as fault:
+    except OSError as fault:
         raise SettingError(f"token_file cannot be read: {reason(fault)}") from None
     if not token:
         raise SettingError("token_file is empty")

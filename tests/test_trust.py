@@ -208,6 +208,21 @@ def fill(path):
             file.write(bytes(4096))
 
 
+def test_a_secret_on_a_read_only_mount(disk, tmp_path):
+    """As containers get theirs: for all to read, on a mount that nobody can change."""
+    path = disk("1m") / "token"
+    path.write_text("secret\n")
+    path.chmod(0o444)
+    done = run("--token-file", path, "--port", "0", "--db", tmp_path / "users.db")
+    assert done.returncode == 2 and "chmod" in done.stderr
+    remount(path.parent, "ro")
+    with Server(tmp_path / "users.db", "--token-file", path) as server:
+        client = Client(server)
+        assert client("GET", "/user").status == 401
+        right = client("GET", "/user", Authorization="Bearer secret")
+        assert right.status == 200
+
+
 # ---------------------------------------------------------------------------------
 # The process dies
 # ---------------------------------------------------------------------------------
