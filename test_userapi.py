@@ -5735,6 +5735,16 @@ def test_a_backup_goes_to_no_place_where_a_log_stands(command, tmp_path, end):
     assert not target.exists() and beside.read_bytes() == b"of another"
 
 
+@of_files("a file that could be written over")
+@pytest.mark.parametrize("argv", [["backup"], ["export", "--format", "csv"]], ids=str)
+def test_the_database_is_not_written_over_by_what_comes_out_of_it(command, db, argv):
+    """A server that has it open would go on with a file that nobody finds."""
+    before = db.stat().st_ino
+    status, _, err = command(*argv, db.parent / "." / db.name)
+    assert status == 1 and "the database itself" in err
+    assert command("check")[0] == 0 and db.stat().st_ino == before
+
+
 def test_check_names_what_is_missing_and_what_is_nobodys(command, db):
     run_sql(db, "DROP INDEX users_by_mail")
     if not POSTGRESQL:

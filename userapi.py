@@ -1199,8 +1199,11 @@ def refuse_shared_mail(db: sqlite3.Connection) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: str) -> Iterator[str]:
-    """The name of a file to write, which becomes `path` when it is whole, or never."""
+def whole_file(path: str, db: str) -> Iterator[str]:
+    """The name of a file to write, which becomes `path` when it is whole, or never. The
+    database itself, which it comes from, it is not: Problem 409."""
+    if os.path.realpath(path) == os.path.realpath(db):
+        raise Problem(409, f"{path}: is the database itself")
     part = f"{path}.{os.getpid()}.part"
     try:
         yield part
@@ -2271,7 +2274,7 @@ class Store(Database):
                 raise Problem(409, f"{path}: a {beside} file stands beside it")
         source = self._take()
         try:
-            with whole_file(path) as part, contextlib.ExitStack() as stack:
+            with whole_file(path, self.path) as part, contextlib.ExitStack() as stack:
                 target = sqlite3.connect(part, isolation_level=None)
                 stack.callback(target.close)
                 if self.wal:  # one snapshot: else each write would begin it anew
@@ -6203,13 +6206,13 @@ def run_export(file: str, format: str | None, **given: Any) -> None:
                 yield page
 
         pages = watched(read_pages(store, media, members, Query()))
-        write_file(file, CHUNKS[media](pages, members, ""))
+        write_file(file, CHUNKS[media](pages, members, ""), store.path)
 
 
-def write_file(path: str, chunks: Iterable[bytes]) -> None:
+def write_file(path: str, chunks: Iterable[bytes], db: str) -> None:
     """Write to standard output (-), a pipe or a device; or a file, whole or not."""
     special = path == "-" or os.path.exists(path) and not os.path.isfile(path)
-    target = contextlib.nullcontext(path) if special else whole_file(path)
+    target = contextlib.nullcontext(path) if special else whole_file(path, db)
     with target as part, open_file(part, "wb") as file:
         file.writelines(chunks)
 
