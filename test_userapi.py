@@ -2720,6 +2720,8 @@ FORMATS = [
     accepting("text/csv, application/json;q=0.5", 200, *CSV_ANSWER),
     accepting("text/csv;q=0.5, application/json", 200, *JSON_ANSWER),
     accepting("TEXT/CSV", 200, *CSV_ANSWER),
+    accepting('text/csv;a="b\\";q=0,c"', 200, *CSV_ANSWER),
+    accepting("application/json;q=0.5;a=b, text/csv", 200, *CSV_ANSWER),
     accepting("application/json;q=0, */*", 200, not_json),
     accepting(NDJSON, 200, kind(NDJSON), ndjson(*SEED)),
     accepting("application/json", 200, *JSON_ANSWER),
@@ -4465,6 +4467,7 @@ def test_a_trusted_proxy_says_who_asks(connect):
 
     assert [wrong("10.0.0.1", FORWARDED) for _ in range(11)] == [401] * 10 + [429]
     assert wrong("10.0.0.2", FORWARDED) == 429
+    assert wrong("::ffff:10.0.0.2", FORWARDED) == 429, "as --host :: has it"
     assert wrong("8.8.8.8", {}) == 429
     spoofed = {"X-Forwarded-For": "8.8.8.8, 9.9.9.9"}
     assert wrong("10.0.0.1", spoofed) == 401
@@ -5458,6 +5461,16 @@ def test_a_public_address_without_a_token_makes_no_database(capfd, tmp_path):
     assert not path.exists()
 
 
+def test_what_is_no_command_is_told_which_there_are(capfd):
+    status, _, err = run_main(capfd, "improt", "x.csv")
+    assert status == 2 and "'improt'" in err and "import" in err.split("choose")[1]
+
+
+def test_a_unix_socket_whose_path_is_too_long_is_refused(command, tmp_path):
+    status, _, err = command("--unix", tmp_path / ("x" * 200))
+    assert status == 2 and "too long" in err
+
+
 def test_a_unix_socket_where_there_are_none_is_refused(command, tmp_path, monkeypatch):
     monkeypatch.delattr(socket, "AF_UNIX")
     status, _, err = command("--unix", tmp_path / "s")
@@ -5909,6 +5922,32 @@ def test_a_reader_that_has_gone_is_a_1_without_a_word(db, argv):
     )
     os.close(theirs)
     assert (done_.returncode, done_.stderr) == (1, b"")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes no descriptors so")
+@pytest.mark.parametrize("closed", [(1,), (2,), (1, 2), (0, 1, 2)], ids=str)
+def test_standard_output_and_error_may_be_closed(db, tmp_path, closed):
+    """What has nothing to say is done, a server serves; what cannot be said is a 1."""
+
+    def start(*argv: Any) -> Any:
+        return subprocess.Popen(
+            [*PROGRAM, *map(str, argv), "--db", str(db)],
+            preexec_fn=lambda: os.closerange(closed[0], closed[-1] + 1),
+            env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")},
+        )
+
+    target = tmp_path / "copy.csv"
+    assert start("export", target).wait(60) == 0
+    assert target.read_bytes().decode() == CSV_TEXT
+    assert start("check").wait(60) == (1 in closed)
+    assert start("--port", "x").wait(60) == 2
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(str(tmp_path / "notify"))
+        told.settimeout(30)
+        process = start("--port", "0")
+        assert told.recv(99) == b"READY=1"
+        process.terminate()
+        assert process.wait(60) == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM")

@@ -29,6 +29,8 @@ import sys
 
 if (
     __name__ == "__main__"
+    and sys.stdout
+    and sys.stderr
     and hasattr(os, "memfd_create")
     and globals().get("__spec__", "") is None  # a script, and not yet the fresh one
 ):
@@ -242,7 +244,7 @@ def show_db(db: str) -> str:
 
 def reason(fault: Exception) -> str:
     """Why an operation of the system failed, without the path it failed on."""
-    return getattr(fault, "strerror", None) or type(fault).__name__
+    return getattr(fault, "strerror", None) or str(fault)
 
 
 # ── Problems ──────────────────────────────────────────────────────────────────────
@@ -3543,6 +3545,7 @@ LOCAL_HOST = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 PORT = re.compile(r"\.?(?::\d*)?$")
+QUOTED = re.compile(r'"(?:\\.|[^"\\])*"')  # values of parameters other than q
 BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
 POLICY = "default-src 'none'; frame-ancestors 'none'"
 COMMON = [
@@ -3604,10 +3607,9 @@ ROUTER = build_router()
 def negotiate(accept: str, offered: tuple[str, ...]) -> str | None:
     """The offered media type that Accept likes best (RFC 9110 §12.5.1), if any."""
     liked: dict[str, float] = {}
-    for part in accept.split(","):
-        media, *params = (piece.strip().lower() for piece in part.split(";"))
-        match = re.fullmatch(r"q=([01](?:\.\d{0,3})?)", params[-1] if params else "")
-        liked[media] = float(match[1]) if match else 1.0
+    for part in QUOTED.sub("", accept.lower()).split(","):
+        match = re.search(r";\s*q=([01](?:\.\d{0,3})?)\s*(?:;|$)", part)
+        liked[part.partition(";")[0].strip()] = float(match[1]) if match else 1.0
     best, most = None, 0.0
     for media in offered:
         bare = media.split(";")[0]
@@ -3729,7 +3731,8 @@ class Guard:
             found = ipaddress.ip_address(address)
         except ValueError:
             return False
-        return any(found in network for network in self.trusted)
+        plain = getattr(found, "ipv4_mapped", None) or found  # --host :: maps IPv4
+        return any(found in at or plain in at for at in self.trusted)
 
     def believe_proxy(self, environ: Environ) -> None:
         """Take over what a trusted proxy says of the client (X-Forwarded-*)."""
@@ -6079,6 +6082,15 @@ def server_url(settings: Settings, sock: socket.socket) -> str:
 # ── Command line ──────────────────────────────────────────────────────────────────
 
 
+def replace_closed() -> None:
+    """Have no file that is opened taken for standard output or error, if they were
+    closed: what is written to the one fails, to the other it is in vain."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, (os.O_RDONLY, os.O_WRONLY)[number - 1])
+            setattr(sys, name, os.fdopen(os.dup2(null, number), "w"))
+
+
 def flush_output() -> None:
     """Write what is still to be written; else it would fail unseen at the end."""
     try:
@@ -6319,7 +6331,8 @@ def add_settings(parser: Any, names: Names) -> None:
 
 
 def run_arguments(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help", "--version"):
+    first = arguments[0] if arguments else "-"
+    if first.startswith("-") and first not in ("-h", "--help", "--version"):
         arguments.insert(0, "serve")
     if any(word.partition("=")[0] == "--token" for word in arguments):
         raise SettingError("a token is no flag: set USERAPI_TOKEN or --token-file")
@@ -6335,6 +6348,7 @@ def run_arguments(arguments: list[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0 done, 1 failed, 2 wrong usage or a refused setting."""
+    replace_closed()
     try:
         return run_arguments(list(sys.argv[1:] if argv is None else argv))
     except BrokenPipeError:  # who reads our output has gone
