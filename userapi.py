@@ -379,7 +379,8 @@ NUMBER = (
     rf"|{_ANY}[0-9]{_ANY}x[0-9]+|{_ANY}x[0-9]{{2,}})|\({_ANY}x[0-9]{{3,}})$"
 )
 TIME = re.compile(
-    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(?:[Zz]|([+-]\d\d:\d\d))",
+    r"(\d{4}-\d\d-\d\d)[Tt ]((?!24)\d\d:\d\d:\d\d)"  # Python 3.14 would take 24:00
+    r"(?:\.(\d+))?(?:[Zz]|([+-]\d\d:[0-5]\d))",
     re.ASCII,
 )
 #: nearly each of those that are stored, but on days that not every month has
