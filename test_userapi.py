@@ -3098,7 +3098,7 @@ ETAGS = [
     ],
     *[
         tagged("GET /api/user/1", "If-None-Match", value, 200, results(SIMONE))
-        for value in ('"2"', '"11"', '""', 'W/"2"')
+        for value in ('"2"', '"11"', '""', 'W/"2"', 'w/"1"', 'W/ "1"')
     ],
     tagged("GET /api/user/99", "If-None-Match", "*", 404),
     tagged("HEAD /api/user/1", "If-None-Match", '"1"', 304),
@@ -3112,7 +3112,7 @@ ETAGS = [
     *[
         tagged(f"{method} /api/user/1", "If-Match", value, 412)
         for method in ("PUT", "PATCH", "DELETE")
-        for value in ('"2"', 'W/"1"', '"11"', '""')
+        for value in ('"2"', 'W/"1"', '"11"', '""', 'w/"1"', 'W/ "1"')
     ],
     tagged("PUT /api/user/1", "If-None-Match", '"1"', 412),
     tagged("DELETE /api/user/1", "If-None-Match", "*", 412),
@@ -3127,6 +3127,12 @@ ETAGS = [
 @scenarios(ETAGS)
 def test_etags(play, row):
     play(row)
+
+
+def test_a_weak_etag_is_no_if_match(client):
+    etag = client("GET /api/user").headers["ETag"]
+    assert client("GET /api/user", None, {"If-None-Match": etag}).status_int == 304
+    assert client("GET /api/user", None, {"If-Match": etag}).status_int == 412
 
 
 def test_etags_rise_and_are_the_version(client):

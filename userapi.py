@@ -2936,8 +2936,10 @@ def has_tag(header: str, tag: str, weak: bool) -> bool:
     compare weakly is to leave the W/ out of account."""
     if header.strip() == "*":
         return True
-    tags = re.findall(r'(?:W/)?("[^"]*")' if weak else r'(?:W/)?"[^"]*"', header)
-    return (tag.removeprefix("W/") if weak else tag) in tags
+    tags = re.findall(r'(?:^|,)\s*(W/)?("[^"]*")', header)
+    if weak:
+        return tag.removeprefix("W/") in [opaque for _, opaque in tags]
+    return ("", tag) in tags
 
 
 def query_pairs(source: str) -> list[tuple[str, str]]:
