@@ -2868,6 +2868,14 @@ def test_the_id_after_the_last_is_a_409(client):
     assert client("POST /api/user", {"item": {"id": 1, **GRACE}}).status_int == 201
 
 
+def test_an_id_that_is_given_needs_none_left(client):
+    """Another program may have used ids past the last."""
+    sql = "INSERT INTO users (user_id, user_name, user_mail) VALUES (?, 'B', 'b@b')"
+    run_sql(client.db, sql, 2**60)
+    assert client("POST /api/user", {"item": GRACE}).status_int == 409
+    assert client("POST /api/user", {"item": {"id": 4, **GRACE}}).status_int == 201
+
+
 def test_the_last_id_of_all_may_be_counted(client):
     before_it = {"item": {"id": MAX_ID - 1, **GRACE}}
     assert client("POST /api/user", before_it).status_int == 201

@@ -1943,6 +1943,8 @@ class Store(Database):
         for item in new:
             if "id" not in item:
                 item["id"] = count = count + 1
+                if count > MAX_ID:
+                    raise Problem(409, "there is no id left")
             id, version = item["id"], item.get("version", 1)
             if id <= highest:
                 version = max(version, graves.get(id, 0) + 1, graves.get(0, 0) + 1)
@@ -1951,8 +1953,6 @@ class Store(Database):
             lasts = [number_rows(item[n], 0) if n in item else 0 for n in SHAPES]
             columns = [item.get(name, "") for name in WRITTEN]
             rows.append((id, version, *times, *lasts, *columns, *folds))
-        if count > MAX_ID:
-            raise Problem(409, "there is no id left")
         self._insert_rows(db, INTO_USERS, rows)
         for name, shape in SHAPES.items() if not alone else ():
             below = [(item["id"], item[name]) for item in new if name in item]
