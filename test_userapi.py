@@ -3363,6 +3363,20 @@ def test_every_write_leaves_its_change(client):
     ]
 
 
+def test_what_is_left_of_a_very_long_log_is_told(client):
+    """Without limit, too: an answer has 100,000 rows at most."""
+    last, more = client.changes()[-1]["seq"], 100_001
+    run_sql(client.db, "INSERT INTO changes WITH RECURSIVE more (n) AS"
+        f" (SELECT {last} + 1 UNION ALL SELECT n + 1 FROM more WHERE n < {more})"
+        " SELECT n, '', NULL, 'update', 1, '[]' FROM more")  # fmt: skip
+    answer = client("GET /api/changes?since=0").json
+    assert [answer["results"][-1]["seq"], answer["next"]] == [
+        more - 1, f"/api/changes?since={more - 1}"]  # fmt: skip
+    rest = client(f"GET {answer['next']}").json
+    assert [change["seq"] for change in rest["results"]] == [more]
+    assert "next" not in rest
+
+
 def test_an_import_leaves_its_changes(client):
     last = client.changes()[-1]["seq"]
     text = "id,name,mail\n1,A,a@b\n2,B,b@c\n5,C,c@d\n"

@@ -3409,11 +3409,12 @@ def list_changes(call: Call) -> Answer:
     if call.media == EVENTS:
         call.store.changes(last_seq, 1)  # a 410 is said before the stream begins
         return Answer(events(call, last_seq), [], EVENTS)
-    rows = call.store.changes(since, limit or MAX_CHANGES)
+    most = limit or MAX_CHANGES
+    rows = call.store.changes(since, most)
     members = ", ".join(row for row, _ in rows)
-    more = len(rows) == limit and rows[-1][1] < call.store.last_seq()
-    place = rows[-1][1] if more else None
-    tail, headers = tell_next(call, "/changes", "since", place) if limit else ("", ())
+    more = len(rows) == most and rows[-1][1] < call.store.last_seq()
+    following = tell_next(call, "/changes", "since", rows[-1][1] if more else None)
+    tail, headers = following if limit or more else ("", ())
     return Answer(f'{{"results": [{members}]{tail}}}'.encode(), headers)
 
 
