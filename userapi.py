@@ -2207,8 +2207,8 @@ class Store(Database):
     def has_tokens(self) -> bool:
         """Whether any named token is in the database (looked up once in 2 ms)."""
         known, until = self._has_tokens
-        patient = threading.get_ident() != self.impatient
-        if patient and until < (now := time.monotonic()):
+        now = time.monotonic()
+        if until < now and threading.get_ident() != self.impatient:
             known = bool(self.rows("SELECT 1 FROM tokens LIMIT 1"))
             self._has_tokens = known, now + 0.002
         return known
@@ -3660,7 +3660,7 @@ class Guard:
             if self.settings.allow_host and not self.is_known(call):
                 raise Problem(403, "this Host is not one of allow_host")
         elif not self.open:
-            if not LOOPBACK.fullmatch(environ.get("REMOTE_ADDR", "")):
+            if not is_loopback(environ.get("REMOTE_ADDR", "")):
                 raise Problem(403, "only this host gets in until a token is set")
             if not self.is_known(call):
                 raise Problem(403, "this Host is foreign: set a token, or allow_host")
@@ -3672,7 +3672,7 @@ class Guard:
     def is_known(self, call: Call) -> bool:
         """Whether Host is local, or one of allow_host."""
         host = call.header("HOST") or ""
-        if LOCAL_HOST.fullmatch(host):
+        if is_local(host):
             return True
         return PORT.sub("", host.lower()) in self.settings.allow_host
 
@@ -3740,7 +3740,7 @@ class Guard:
 
     def believe_proxy(self, environ: Environ) -> None:
         """Take over what a trusted proxy says of the client (X-Forwarded-*)."""
-        if not self.trusted or not self.is_trusted(environ.get("REMOTE_ADDR", "")):
+        if not self.is_trusted(environ.get("REMOTE_ADDR", "")):
             return
         hops = environ.get("HTTP_X_FORWARDED_FOR", "").replace(" ", "").split(",")
         client = next((hop for hop in reversed(hops) if not self.is_trusted(hop)), "")
@@ -3759,6 +3759,16 @@ class Guard:
         prefix, path = environ.get("SCRIPT_NAME", ""), environ.get("PATH_INFO", "")
         if prefix and f"{path}/".startswith(f"{prefix}/"):  # a proxy that keeps it
             environ["PATH_INFO"] = path[len(prefix) :]
+
+
+@functools.lru_cache(maxsize=64)
+def is_loopback(address: str) -> bool:
+    return LOOPBACK.fullmatch(address) is not None
+
+
+@functools.lru_cache(maxsize=64)
+def is_local(host: str) -> bool:
+    return LOCAL_HOST.fullmatch(host) is not None
 
 
 def own_host(call: Call) -> str:
@@ -3894,7 +3904,8 @@ class UserAPI:
 
     def read_head(self, call: Call) -> Resource:
         """Guard, resource, operation, parameters, media types. Raises Problem."""
-        self.guard.believe_proxy(call.environ)
+        if self.guard.trusted:
+            self.guard.believe_proxy(call.environ)
         call.prefix = quote(call.environ.get("SCRIPT_NAME", ""), encoding="latin-1")
         call.path = read_path(call.environ)
         self.guard.admit(call)
@@ -5025,10 +5036,10 @@ def escaped(values: Item) -> Item:
 
 # ── Server ────────────────────────────────────────────────────────────────────────
 
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+REQUEST_LINE = re.compile(rf"({_TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
 #: the whole header section: no folding, no control bytes, no space before a colon
-SECTION = re.compile(rb"(?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*")
+SECTION = re.compile(rf"(?:{_TOKEN}:[\t -~\x80-\xff]*\r\n)*".encode("latin-1"))
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 FRAMING = re.compile(rb"(?im)^(?:content-length|transfer-encoding):")
 EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
@@ -5047,7 +5058,8 @@ BURST = 32  # requests of one connection that are answered in one turn
 GRACE = 5  # seconds that are left to what was begun when the server is told to stop
 #: the members of a line of the access log in JSON
 TOLD = ("at", "peer", "actor", "request", "status", "bytes", "ms", "referer", "agent")
-PLAIN_LOG = re.compile(r"[ !#-\[\]-~]*")  # what needs no escape in it
+#: a part of a line of the log, in quotes, on one line and in ASCII
+quoted = json.encoder.encode_basestring_ascii
 DRAIN = 1  # seconds for which the rest of a refused request is read and dropped
 
 
@@ -5089,10 +5101,11 @@ class Line(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def parse_line(line: bytes) -> Line:
     """A request line (RFC 9112 §3). Raises Problem 400, 505."""
-    match = REQUEST_LINE.fullmatch(line)
+    text = line.decode("latin-1")
+    match = REQUEST_LINE.fullmatch(text)
     if not match:
         raise Problem(400, "the request line is malformed")
-    method, target, major, minor = (part.decode() for part in match.groups())
+    method, target, major, minor = match.groups()
     if major != "1" or minor not in "01":
         raise Problem(505, "speak HTTP/1.1")
     path, query, authority = parse_target(method, target)
@@ -5101,7 +5114,7 @@ def parse_line(line: bytes) -> Line:
         "PATH_INFO": path,
         "QUERY_STRING": query,
         "SERVER_PROTOCOL": f"HTTP/1.{minor}",
-        "userapi.request": line.decode(),
+        "userapi.request": text,
     }
     return Line(environ, minor == "1", authority)
 
@@ -5118,7 +5131,7 @@ def parse_target(method: str, target: str) -> tuple[str, str, str | None]:
         authority, given = rest[:cut], rest[cut:] or "/"
         given = given if given[0] == "/" else f"/{given}"
     path, _, query = given.partition("?")
-    if "#" in target or BAD_ESCAPE.search(path):
+    if "#" in target or "%" in path and BAD_ESCAPE.search(path):
         raise Problem(400, "the request target is malformed")
     if authority is not None and not HOST.fullmatch(authority):
         raise Problem(400, "Host is malformed")
@@ -5844,11 +5857,9 @@ class Server:
             told = (utc_now(), peer, actor, request, int(status), sent, round(took, 2))
             self.lines.append(json.dumps(dict(zip(TOLD, (*told, referer, agent)))))
             return
-        if not PLAIN_LOG.fullmatch(request + referer + agent):
-            request, referer, agent = map(escape_log, (request, referer, agent))
         self.lines.append(
-            f'{peer} - {actor or "-"} [{self.clock}] "{request}" {status} {sent}'
-            f' "{referer}" "{agent}" {took:.2f}'
+            f"{peer} - {actor or '-'} [{self.clock}] {quoted(request)} {status} {sent}"
+            f" {quoted(referer)} {quoted(agent)} {took:.2f}"
         )
 
     def write_log(self) -> None:
@@ -5966,11 +5977,6 @@ def write_text(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.write(text)
         sys.stdout.flush()
-
-
-def escape_log(text: str) -> str:
-    """Text for a quoted part of a log line, on one line and in ASCII."""
-    return json.dumps(text)[1:-1]
 
 
 def make_tls(settings: Settings) -> Any:
