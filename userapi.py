@@ -5042,7 +5042,6 @@ REQUEST_LINE = re.compile(rf"({_TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
 SECTION = re.compile(rf"(?:{_TOKEN}:[\t -~\x80-\xff]*\r\n)*".encode("latin-1"))
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 FRAMING = re.compile(rb"(?im)^(?:content-length|transfer-encoding):")
-EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])")
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 #: fields that tell of a body
@@ -5263,9 +5262,6 @@ class Connection(asyncio.Protocol):
     def read_head(self) -> bool:
         """Take a head out of the buffer; False while it is not all there."""
         settings, buffer = self.settings, self.buffer
-        if buffer.startswith(b"\r\n"):  # empty lines in front (RFC 9112 §2.2)
-            self.buffer = EMPTY_LINES.sub(b"", buffer)
-            return bool(self.buffer) and self.read_head()
         end = buffer.find(b"\r\n\r\n")
         line_end = buffer.find(b"\r\n", 0, settings.max_line + 2)
         if line_end < 0 and len(buffer) > settings.max_line:
