@@ -1352,7 +1352,7 @@ def test_a_migration_that_fails_leaves_all_as_it_was(connect, first):
 
 def test_a_new_field_is_a_new_column(connect, db, monkeypatch):
     """One more row in the table of fields is all that it takes."""
-    field = userapi.text("note", "Note", "rings twice")
+    field = userapi.LABEL._replace(name="note", column="note")
     columns = userapi.ADDRESS.columns
     monkeypatch.setattr(userapi.ADDRESS, "columns", (*columns, field))
     assert len(connect().users()) == 4

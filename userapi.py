@@ -485,21 +485,14 @@ def check_time(value: Any) -> str:
     return f"{when.isoformat()[:19]}.{(fraction or '')[:3]:0<3}Z"
 
 
-def text(name: str, title: str, example: str, **more: Any) -> Field:
-    """A field of optional text of at most 200 characters, stored as it was sent."""
-    schema = {"type": "string", "maxLength": 200, **more.pop("schema", {})}
-    return Field(name, title, schema, example, column=name, **more)
-
-
 ID = {"type": "integer", "minimum": 1, "maximum": MAX_ID}
+TEXT = {"type": "string", "maxLength": 200}
 STAMP = {"type": "string", "format": "date-time"}
 NOON = "2026-01-02T12:00:00.000Z"
 MAX_ROWS = 1000  # of a kind below a user
 ROW_LIST = {"type": "array", "maxItems": MAX_ROWS}
 ROW_ID = Field("id", "Number", ID, 1, column="id")
-LABEL = text("label", "Label", "work", schema={"maxLength": 50})
-COUNTRY = {"pattern": "^([A-Z]{2})?$", "maxLength": 2}
-PHONE_NUMBER = {"minLength": 3, "maxLength": 32, "pattern": NUMBER}
+LABEL = Field("label", "Label", {**TEXT, "maxLength": 50}, "work", column="label")
 
 
 class Shape:
@@ -524,18 +517,19 @@ class Shape:
 PHONE = Shape("phone", "phones", "phone number",
     ROW_ID,
     LABEL,
-    text("number", "Number", "+49 30 1234567", schema=PHONE_NUMBER, required=True,
-         fault="is not a phone number", input="tel"),
+    Field("number", "Number", {**TEXT, "maxLength": 32, "minLength": 3,
+          "pattern": NUMBER}, "+49 30 1234567", "is not a phone number",
+          required=True, column="number", input="tel"),
 )  # fmt: skip
 ADDRESS = Shape("address", "addresses", "address",
     ROW_ID,
     LABEL,
-    text("street", "Street", "Hauptstraße 5"),
-    text("postcode", "Postcode", "10827"),
-    text("city", "City", "Berlin"),
-    text("region", "Region", "Berlin"),
-    text("country", "Country", "DE", schema=COUNTRY,
-         fault="is not two capital letters"),
+    Field("street", "Street", TEXT, "Hauptstraße 5", column="street"),
+    Field("postcode", "Postcode", TEXT, "10827", column="postcode"),
+    Field("city", "City", TEXT, "Berlin", column="city"),
+    Field("region", "Region", TEXT, "Berlin", column="region"),
+    Field("country", "Country", {**TEXT, "maxLength": 2, "pattern": "^([A-Z]{2})?$"},
+          "DE", "is not two capital letters", column="country"),
     one_of=("street", "city"),
 )  # fmt: skip
 SHAPES = {"phone": PHONE, "address": ADDRESS}
@@ -544,7 +538,7 @@ USER = Shape("user", "users", "user",
     Field("name", "Name", {"type": "string", "minLength": 1, "maxLength": 200},
           "Simone Giertz", required=True, v1=True, column="user_name",
           clean=clean_name),
-    Field("mail", "Mail", {"type": "string", "maxLength": 254, "pattern": MAIL},
+    Field("mail", "Mail", {**TEXT, "maxLength": 254, "pattern": MAIL},
           "giertz@shittyrobots.loc", "is not a mail address", required=True, v1=True,
           column="user_mail", input="email"),
     Field("phone", "Phone", ROW_LIST, [], rows="phone"),
@@ -623,9 +617,9 @@ class Checker:
     def __init__(
         self,
         shape: Shape,
-        members: tuple[str, ...],
+        members: Names,
         partial: bool = False,
-        keeps: tuple[str, ...] = (),
+        keeps: Names = (),
         needs_id: bool = False,
     ) -> None:
         self.partial, self.one_of = partial, shape.one_of
@@ -643,10 +637,8 @@ class Checker:
         self.required += ["id"] * needs_id
         self.empty: Item = {f.name: "" for f in written if not f.required}
 
-    def check(
-        self, place: Place, item: Any, faults: Faults, id: int | None = None
-    ) -> Item:
-        """The item as it is stored; `id` is the URI's."""
+    def check(self, place: Place, item: Any, faults: Faults, id: int = 0) -> Item:
+        """The item as it is stored; `id` is the URI's, if it names one."""
         if not isinstance(item, dict):
             told = item if isinstance(item, BadLine) else "is not an object"
             faults.add(place, None, told)
@@ -663,7 +655,7 @@ class Checker:
                 faults.add(place, str(name), str(fault))
         for name in itertools.filterfalse(item.__contains__, self.required):
             faults.add(place, name, "is required")
-        if id is not None:
+        if id:
             if values.get("id", id) != id:
                 faults.add(place, "id", "is not the URI's")
             values["id"] = id
@@ -2398,7 +2390,7 @@ class Saving:
         return True
 
     def save_batch(self, batch: Iterable[Entry]) -> None:
-        check, faults, id = self.checker.check, self.faults, self.id
+        check, faults, id = self.checker.check, self.faults, self.id or 0
         items = [(place, check(place, item, faults, id)) for place, item in batch]
         items = [entry for entry in items if self.stands_once(*entry)]
         if self.id is not None:  # of one user, what it holds is told first
@@ -2521,7 +2513,7 @@ def check_rows(
     checker = find_checker(shape, shape.names, how == "merge", needs_id=needs_id)
     faults, seen, rows = Faults(), Seen(), []
     for place, item in entries:
-        row = checker.check(place, item, faults, number)
+        row = checker.check(place, item, faults, number or 0)
         found = row.get("id")
         if found and not seen.add(found):
             faults.add(place, "id", "stands twice")
@@ -2728,15 +2720,14 @@ def read_cursor(value: str) -> tuple[str, Any, int]:
     """The (sort, key, id) that a cursor out of `next` holds."""
     try:
         padded = value + "=" * (-len(value) % 4)
-        cursor = json.loads(base64.b64decode(padded, b"-_", validate=True))
-        sort, key, id = cursor
-        whole = type(id) is int and abs(id) < 2**63 and sort.lstrip("-") in SORTS
-        if not whole or type(key) is not (int if sort.endswith("id") else str):
+        sort, key, id = json.loads(base64.b64decode(padded, b"-_", validate=True))
+        by_id = SORTS[sort.lstrip("-")] == "user_id"
+        if type(id) is not int or abs(id) >= 2**63 or by_id and key != id:
             raise ValueError
-        if key != id and type(key) is int:
+        if type(key) is not (int if by_id else str):
             raise ValueError
         exact_bytes(key)
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
         raise ValueError("is no cursor out of next") from None
     return sort, key, id
 
@@ -2830,9 +2821,9 @@ class Operation:
         path: str,
         run: Callable[[Call], Answer],
         summary: str,
-        params: tuple[str, ...] = (),
-        takes: tuple[str, ...] = (),
-        answers: tuple[str, ...] = (JSON,),
+        params: Names = (),
+        takes: Names = (),
+        answers: Names = (JSON,),
         shape: Shape = USER,
     ) -> None:
         self.name, self.method, self.path = name, method, path
@@ -2859,7 +2850,7 @@ class Call:
     base: str  # of the paths in this API version
     path: str
     view: str
-    members: tuple[str, ...]  # of the view
+    members: Names  # of the view
     operation = NOTHING
     args: Mapping[str, int] = {}  # ids in the path
     params: Mapping[str, Any] = {}
@@ -2878,7 +2869,7 @@ class Call:
         """A path below this call's API version, as the client reaches it."""
         return f"{self.prefix}{self.base}{path}"
 
-    def fields(self) -> tuple[str, ...]:
+    def fields(self) -> Names:
         """The members to show: those of `fields`, else the view's, or CSV's columns."""
         names = self.params.get("fields")
         if names is None:
@@ -3008,11 +2999,10 @@ def load_json(data: bytes) -> Any:
 
 def refuse_depth(source: str) -> None:
     """Raise ValueError where brackets outside of strings are nested deeper than 32."""
-    level = 0
-    for match in BRACKETS.finditer(source):
-        level += (match[0] in "[{") - (match[0] in "]}")
-        if level > 32:
-            raise ValueError("it is deeper than 32")
+    found = (match[0] for match in BRACKETS.finditer(source))
+    steps = ((bracket in "[{") - (bracket in "]}") for bracket in found)
+    if any(level > 32 for level in itertools.accumulate(steps)):
+        raise ValueError("it is deeper than 32")
 
 
 ENVELOPES = {"item": '{"item": {...}}', "items": '{"items": [{...}, ...]}'}
@@ -3095,12 +3085,10 @@ def check_header(rows: list[Any]) -> list[str]:
     the required ones. Raises Problem 422."""
     faults: list[str] = [row for row in rows if isinstance(row, BadLine)]
     header: list[str] = rows[0] if rows and not faults else []
-    columns = {name: USER.by_name[name] for name in CSV_MEMBERS}
-    faults += [f"{name} is no column" for name in header if name not in columns]
-    faults += [f"{name} stands twice" for name in columns if header.count(name) > 1]
-    for name, field in columns.items():
-        if field.required and name not in header:
-            faults.append(f"{name} is missing")
+    needed = [name for name in CSV_MEMBERS if USER.by_name[name].required]
+    faults += [f"{name} is no column" for name in header if name not in CSV_MEMBERS]
+    faults += [f"{name} stands twice" for name in CSV_MEMBERS if header.count(name) > 1]
+    faults += [f"{name} is missing" for name in needed if name not in header]
     if faults:
         told = faults[:IMPORT_FAULTS]
         errors = [Place("#", 1).fault(None, fault) for fault in told]
@@ -3144,9 +3132,7 @@ def guard(cell: Any) -> Any:
     return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
 
 
-def read_batches(
-    file: Any, media: str, watch: Callable[[int], None]
-) -> Iterator[Iterable[Entry]]:
+def read_batches(file: Any, media: str, watch: Callable[[int], None]) -> Iterator[Any]:
     """The items of CSV or NDJSON; `watch` is told how many of them have been read."""
     count = 0
     for batch in read_csv(file) if media == CSV else batches(ndjson_entries(file)):
@@ -3164,7 +3150,7 @@ def csv_lines(rows: Iterable[Sequence[Any]]) -> bytes:
     return out.getvalue().encode()
 
 
-def json_chunks(pages: Iterable[Page], _: Sequence[str], tail: str) -> Iterator[bytes]:
+def json_chunks(pages: Iterable[Page], _: Names, tail: str) -> Iterator[bytes]:
     yield b'{"results": ['
     joint = ""
     for page in pages:
@@ -3174,19 +3160,15 @@ def json_chunks(pages: Iterable[Page], _: Sequence[str], tail: str) -> Iterator[
     yield f"]{tail}}}".encode()
 
 
-def ndjson_chunks(pages: Iterable[Page], *_: Any) -> Iterator[bytes]:
-    for page in pages:
-        if page.size:
-            yield f"{page.content}\n".encode()
-
-
-def csv_chunks(
-    pages: Iterable[Page], members: Sequence[str], _: str
-) -> Iterator[bytes]:
+def csv_chunks(pages: Iterable[Page], members: Names, _: str) -> Iterator[bytes]:
     yield csv_lines([members])
     for page in pages:
         if page.size:  # to a stream an empty chunk means: nothing yet
             yield csv_lines(page.content)
+
+
+def ndjson_chunks(pages: Iterable[Page], *_: Any) -> Iterator[bytes]:
+    return (f"{page.content}\n".encode() for page in pages if page.size)
 
 
 CHUNKS = {JSON: json_chunks, NDJSON: ndjson_chunks, CSV: csv_chunks}
@@ -3194,7 +3176,7 @@ JOINTS = {JSON: ", ", NDJSON: "\n", CSV: ""}
 
 
 def read_pages(
-    store: Store, media: str, members: tuple[str, ...], query: Query
+    store: Store, media: str, members: Names, query: Query
 ) -> Iterator[Page]:
     """Users in the form that this format's chunks are made of."""
     select = view_sql(members)
@@ -3223,10 +3205,20 @@ def show_saved(
 
 
 def list_users(call: Call) -> Answer:
-    query, members, seq = make_query(call), call.fields(), call.store.last_seq()
-    if query.limit is None:
-        return call.tagged(show_all(call, members, query), f'W/"{seq}"')
-    body, headers = show_page(call, members, query, seq)
+    """Users, page by page or all of them.
+
+    A short answer is kept for whoever asks the same before the next change, as lists
+    are read far more often than users change.
+    """
+    query, seq, kept = make_query(call), call.store.last_seq(), call.app.kept
+    key = (call.uri(""), call.environ.get("QUERY_STRING"), call.media)
+    since, body, headers = kept.get(key, (None, b"", ()))
+    if since != seq:
+        body, headers = show_users(call, query)
+        if isinstance(body, bytes) and len(body) < 16384:
+            kept[key] = seq, body, headers
+            if len(kept) > 100:
+                drop_eldest(kept)
     return call.tagged(body, f'W/"{seq}"', headers)
 
 
@@ -3240,42 +3232,21 @@ def make_query(call: Call) -> Query:
     return Query(get("q"), get("name"), get("mail"), get("id"), sort, place, limit)
 
 
-def show_total(call: Call, query: Query) -> str:
-    if not call.params.get("count"):
-        return ""
-    return f', "total": {call.store.count_users(query)}'
-
-
-def show_all(call: Call, members: tuple[str, ...], query: Query) -> Body:
-    """All users that the query finds: streamed, unless they are few."""
+def show_users(call: Call, query: Query) -> tuple[Body, Headers]:
+    """What the query finds, with `next` and Link if it is limited: streamed, if not."""
+    members, tail = call.fields(), ""
+    headers: Headers = ()
     pages = read_pages(call.store, call.media, members, query)
-    first, total = next(pages), show_total(call, query)
-    chunks = CHUNKS[call.media](itertools.chain([first], pages), members, total)
-    return b"".join(chunks) if first.size < PAGE_ROWS else chunks
-
-
-def show_page(
-    call: Call, members: tuple[str, ...], query: Query, seq: int
-) -> tuple[bytes, Headers]:
-    """One page of users, with `next` and Link.
-
-    It is kept for whoever asks the same before the next change, as lists are read far
-    more often than users change.
-    """
-    key = (call.uri(""), call.environ["QUERY_STRING"], call.media)
-    kept, pages = call.app.pages.get(key), call.app.pages
-    if kept and kept[0] == seq:
-        return kept[1]
-    page = next(read_pages(call.store, call.media, members, query))
-    cursor = next_cursor(call.store, query, page)
-    following, headers = tell_next(call, "/user", "after", cursor)
-    tail = show_total(call, query) + following
-    body = b"".join(CHUNKS[call.media]([page], members, tail))
-    if len(body) < 16384:
-        pages[key] = seq, (body, headers)
-        if len(pages) > 100:
-            drop_eldest(pages)
-    return body, headers
+    first = next(pages)
+    if call.params.get("count"):
+        tail = f', "total": {call.store.count_users(query)}'
+    if query.limit:
+        cursor = next_cursor(call.store, query, first)
+        following, headers = tell_next(call, "/user", "after", cursor)
+        tail += following
+    chunks = CHUNKS[call.media](itertools.chain([first], pages), members, tail)
+    few = query.limit or first.size < PAGE_ROWS
+    return b"".join(chunks) if few else chunks, headers
 
 
 def drop_eldest(kept: dict[Any, Any]) -> None:
@@ -3361,18 +3332,16 @@ def delete_users(call: Call) -> Answer:
 # Phones and addresses
 
 
-def list_rows(call: Call) -> Answer:
-    rows, version = call.store.show_rows(call.args["id"], call.operation.shape)
+def get_rows(call: Call) -> Answer:
+    """A user's phones or addresses, or the one that the path names."""
+    shape, n = call.operation.shape, call.args.get("n")
+    rows, version = call.store.show_rows(call.args["id"], shape)
+    if n is not None:
+        found = [row for row in json.loads(rows) if row["id"] == n]
+        if not found:
+            raise nothing_there(shape.name, [n])
+        rows = ENCODER.encode(found)
     return call.tagged(f'{{"results": {rows}}}'.encode(), f'"{version}"')
-
-
-def get_row(call: Call) -> Answer:
-    user, n, shape = call.args["id"], call.args["n"], call.operation.shape
-    rows, version = call.store.show_rows(user, shape)
-    found = [row for row in json.loads(rows) if row["id"] == n]
-    if not found:
-        raise nothing_there(shape.name, [n])
-    return call.tagged(to_json({"results": found}), f'"{version}"')
 
 
 def save_rows(call: Call) -> Answer:
@@ -3474,17 +3443,13 @@ LIST = "All users, or those that the parameters find; streamed if there is no li
 
 def row_operations(shape: Shape) -> tuple[Operation, ...]:
     """The operations on this kind of rows below a user."""
-    row, rows, it, its = (
-        shape.name,
-        shape.plural,
-        shape.title,
-        f"{shape.title} of a user",
-    )
+    row, rows, it = shape.name, shape.plural, shape.title
+    its = f"{it} of a user"
     many, one = f"/user/<id:id>/{row}", f"/user/<id:id>/{row}/<n:id>"
     on = functools.partial(Operation, shape=shape)
     return (
-        on(f"list_{rows}", "GET", many, list_rows, f"The {it} list of a user."),
-        on(f"get_{row}", "GET", one, get_row, f"One {its}."),
+        on(f"list_{rows}", "GET", many, get_rows, f"The {it} list of a user."),
+        on(f"get_{row}", "GET", one, get_rows, f"One {its}."),
         on(f"create_{row}", "POST", many, save_rows, f"Add a {it} to a user, or many."),
         on(f"replace_{rows}", "PUT", many, save_rows,
             f"Replace each {its} that the items name."),
@@ -3843,7 +3808,7 @@ class UserAPI:
         self.store = open_store(self.settings, on_change)
         self.guard = Guard(self.settings, self.store, open)
         self.metrics = Metrics()
-        self.pages: dict[Any, tuple[int, tuple[bytes, Headers]]] = {}
+        self.kept: dict[Any, tuple[int, Body, Headers]] = {}  # short lists
 
     def configure(self, given: dict[str, Any]) -> None:
         """Take over other settings, but for those of the store that was opened. Raises
@@ -6145,8 +6110,8 @@ class Progress:
         self.shown, took = now, now - self.began
         left = took * (1 - share) / share if share else 0.0
         told = f"{count} {self.unit}, {count / took:.0f}/s, {left:.0f} s left"
-        print(f"\r[{'#' * int(share * 30):30}] {told} ", end="", file=sys.stderr)
-        sys.stderr.flush()
+        bar = f"\r[{'#' * int(share * 30):30}] {told} "
+        print(bar, end="", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self
