@@ -653,13 +653,13 @@ class Checker:
                     values[name] = self.check_rows(place, name, value, faults)
             except ValueError as fault:
                 faults.add(place, str(name), str(fault))
-        for name in itertools.filterfalse(item.__contains__, self.required):
+        for name in [name for name in self.required if name not in item]:
             faults.add(place, name, "is required")
         if id:
             if values.get("id", id) != id:
                 faults.add(place, "id", "is not the URI's")
             values["id"] = id
-        if not self.partial:
+        if self.one_of and not self.partial:
             self.require_one(place, item, faults)
         return values
 
@@ -3286,6 +3286,7 @@ def get_user(call: Call) -> Answer:
 
 
 def save_users(call: Call) -> Answer:
+    imports = call.takes != JSON
     saving = Saving(
         call.store,
         HOW[call.method],
@@ -3293,9 +3294,9 @@ def save_users(call: Call) -> Answer:
         id=call.args.get("id"),
         check=call.precondition(),
         conflict=call.params.get("conflict", "fail"),
-        keeps=() if call.takes == JSON else KEPT,
+        keeps=KEPT if imports else (),
     )
-    if call.takes != JSON:
+    if imports:
         return import_body(call, saving)
     items, one = read_items(call)
     saved = saving.save([items])
