@@ -153,6 +153,7 @@ SETTINGS = (
         "text|json|off", "is text, json or off"),
 )  # fmt: skip
 STORE_SETTINGS = ("db", "unique_mail", "keep_changes")
+FLAGS = tuple(setting.name for setting in SETTINGS if setting.name != "token")
 POSTGRESQL = ("postgresql://", "postgres://")
 TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
@@ -3056,9 +3057,8 @@ def ndjson_entries(file: Any) -> Iterator[Entry]:
 def read_csv(file: Any) -> Iterator[Columns | list[Entry]]:
     """The items of CSV (RFC 4180) with their physical lines; the header is line 1."""
     reader = csv.reader(map(bytes.decode, read_lines(file)), strict=True)
-    first = take_rows(reader, 1)
-    while first == [[]]:  # a blank line
-        first = take_rows(reader, 1)
+    while (first := take_rows(reader, 1)) == [[]]:
+        pass  # a blank line
     header = check_header(first)
     line = reader.line_num + 1
     while rows := take_rows(reader, BATCH):
@@ -4441,7 +4441,7 @@ HTML_DOCUMENT = r"""
 <title>$title</title>
 <link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>">
 <style>$style</style>
-<body $attributes>$body<script>$script</script>
+<body $about>$body<script>$script</script>
 """  # noqa: E501
 
 PAGE_STYLE = r"""
@@ -4867,14 +4867,10 @@ def page(call: Call) -> Answer:
     """The admin page."""
     path, sheets = html.escape(call.prefix), map(form_sheet, (USER, *SHAPES.values()))
     kinds = "open" * (call.actor is None) + " reader" * (call.role != "admin")
-    seq, body = call.store.last_seq(), string.Template(PAGE_HTML.strip())
-    return html_answer(
-        PAGE_STYLE,
-        PAGE_SCRIPT,
-        title="Users",
-        attributes=f'data-base="{path}" data-seq="{seq}" class="{kinds}"',
-        body=body.substitute(prefix=path, sheets="".join(sheets)),
-    )
+    about = f'data-base="{path}" data-seq="{call.store.last_seq()}" class="{kinds}"'
+    body = string.Template(PAGE_HTML.strip())
+    text = body.substitute(prefix=path, sheets="".join(sheets))
+    return html_answer(PAGE_STYLE, PAGE_SCRIPT, title="Users", about=about, body=text)
 
 
 DOCS_STYLE = r"""
@@ -4967,7 +4963,7 @@ def reference(prefix: str) -> Answer:
                 articles += DOCS_ARTICLE.format_map(values)
     body = DOCS_HTML.format(prefix=html.escape(prefix), links=links, articles=articles)
     style, title = PAGE_STYLE + DOCS_STYLE, "API reference"
-    return html_answer(style, DOCS_SCRIPT, title=title, attributes="", body=body)
+    return html_answer(style, DOCS_SCRIPT, title=title, about="", body=body)
 
 
 def operation_values(prefix: str, method: str, path: str, told: Item) -> Item:
@@ -6153,9 +6149,8 @@ def run_export(file: str, format: str | None, **given: Any) -> None:
     """Write all users."""
     end = format or file.rpartition(".")[2].lower()
     if end not in FORMATS and file != "-":
-        raise SettingError(
-            f"say with --format which of {', '.join(FORMATS)} it is to be"
-        )
+        known = ", ".join(FORMATS)
+        raise SettingError(f"say with --format which of {known} it is to be")
     media = FORMATS.get(end, NDJSON)
     members = members_in(media, "v2")
     with open_given(given) as store, Progress("rows") as bar:
@@ -6221,9 +6216,6 @@ def run_openapi(**_: Any) -> None:
 
 def run_postman(**_: Any) -> None:
     print(json.dumps(postman(), indent=2))
-
-
-FLAGS = tuple(setting.name for setting in SETTINGS if setting.name != "token")
 
 
 #: command: (help, what runs it, the arguments of its own); those and the settings are
