@@ -4583,7 +4583,7 @@ HALVES = f"10|{JSON_BODY[:16]}|{SIZE - 16:x};x=y|{JSON_BODY[16:]}|0|"
 WIRE = [
     (f"GET /health HTTP/1.1|{AT}|", [200]),
     (f"GET /health HTTP/1.1|{AT}|" * 3, [200, 200, 200]),
-    (f"|GET /health HTTP/1.1|{AT}|||GET /health HTTP/1.1|{AT}|", [200, 200]),
+    (f"|GET /health HTTP/1.1|{AT}|", [400]),
     (f"GET /health HTTP/1.1|{AT}|GET /nothing HTTP/1.1|{AT}|", [200, 404]),
     (f"GET /health HTTP/1.1|{AT}Connection: close||" * 2, [200]),
     (f"GET /health HTTP/1.1|{AT}Connection: x , Close||" * 2, [200]),
@@ -4664,7 +4664,7 @@ WIRE = [
     (f"{CHUNKED}5;{'x' * 2000}", [400]),
     (f"{CHUNKED}{SIZE:04x};{'x' * 1017}|{JSON_BODY}|0||", [201]),
     (f"{CHUNKED}{SIZE:04x};{'x' * 1018}|{JSON_BODY}|0||", [400]),
-    ("||", []),
+    ("||", [400]),
     (f"GET /health?x=1 HTTP/1.1|{AT}|", [400]),
     (f"{CHUNKED}ffffffff|", [413]),
     (f"{CHUNKED}fffffffff|", [400]),
