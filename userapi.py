@@ -45,8 +45,7 @@ if (
     )
     flags = getattr(sys, "orig_argv", [*sys.argv, ""])[1 : -len(sys.argv)]
     with contextlib.suppress(OSError):  # under RLIMIT_FSIZE it may not fit
-        if os.write(file, code) == len(code):
-            os.lseek(file, 0, os.SEEK_SET)
+        if os.pwrite(file, code, 0) == len(code):
             os.execv(sys.executable, [sys.executable, *flags, "-c", begin, *sys.argv])
 
 import array
@@ -395,7 +394,7 @@ class Field(NamedTuple):
     """One member of a user, a phone or an address: what it may hold and where it shows.
 
     `schema` is JSON Schema, which rule() goes by; `clean` is a rule beyond it;
-    `v1` says that it shows in v1 and CSV, too; `rows` names the kind of a list.
+    `v1` and `csv` say where it shows besides v2; `rows` names the kind of a list.
     """
 
     name: str
@@ -406,6 +405,7 @@ class Field(NamedTuple):
     required: bool = False
     read_only: bool = False
     v1: bool = False
+    csv: bool = False
     rows: str = ""
     column: str = ""
     clean: Callable[[str], str] | None = None
@@ -535,13 +535,13 @@ ADDRESS = Shape("address", "addresses", "address",
 )  # fmt: skip
 SHAPES = {"phone": PHONE, "address": ADDRESS}
 USER = Shape("user", "users", "user",
-    Field("id", "Id", ID, 1, v1=True, column="user_id"),
+    Field("id", "Id", ID, 1, v1=True, csv=True, column="user_id"),
     Field("name", "Name", {"type": "string", "minLength": 1, "maxLength": 200},
-          "Simone Giertz", required=True, v1=True, column="user_name",
+          "Simone Giertz", required=True, v1=True, csv=True, column="user_name",
           clean=clean_name),
     Field("mail", "Mail", {**TEXT, "maxLength": 254, "pattern": MAIL},
           "giertz@shittyrobots.loc", "is not a mail address", required=True, v1=True,
-          column="user_mail", input="email"),
+          csv=True, column="user_mail", input="email"),
     Field("phone", "Phone", ROW_LIST, [], rows="phone"),
     Field("address", "Address", ROW_LIST, [], rows="address"),
     Field("version", "Version", ID, 1, read_only=True, column="version"),
@@ -679,16 +679,13 @@ class Checker:
             raise ValueError("is not a list")
         if len(value) > MAX_ROWS:
             raise ValueError(f"has more than {MAX_ROWS} entries")
-        check, rows, seen = self.lists[name].check, [], set()
-        pointer, line = f"{place.pointer}/{name}/", place.line
+        rows: list[Item] = []
+        first: dict[int, Place] = {}
         for index, item in enumerate(value):
-            at = Place(f"{pointer}{index}", line)
-            row = check(at, item, faults)
-            if "id" in row:
-                if row["id"] in seen:
-                    faults.add(at, "id", "stands twice")
-                seen.add(row["id"])
-            rows.append(row)
+            at = Place(f"{place.pointer}/{name}/{index}", place.line)
+            rows.append(row := self.lists[name].check(at, item, faults))
+            if "id" in row and first.setdefault(row["id"], at) is not at:
+                faults.add(at, "id", "stands twice")
         return rows
 
 
@@ -2696,7 +2693,7 @@ HTML_UTF8 = f"{HTML}; charset=utf-8"
 ALL = (JSON, CSV, NDJSON)
 KEPT = ("created", "updated")  # that an import takes over for a new user
 FORMATS = {"json": JSON, "csv": CSV, "ndjson": NDJSON}
-CSV_MEMBERS = VIEWS["v1"]
+CSV_MEMBERS = tuple(field.name for field in USER.fields if field.csv)
 Body = Union[bytes, Iterator[bytes]]  # an iterator is streamed
 
 
