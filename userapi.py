@@ -1811,7 +1811,7 @@ class Store(Database):
 
     def get_user(self, id: int, view: str = "v2") -> Item:
         """A user as a dict. Raises Problem 404."""
-        if not isinstance(id, int) or id > MAX_ID:
+        if not isinstance(id, int) or abs(id) > MAX_ID:
             raise no_user(id)
         return dict(json.loads(self.show_user(id, VIEWS[view])[0]))
 
@@ -1862,9 +1862,10 @@ class Store(Database):
             found = Query(**query)
             "".join(text or "" for text in found[:3]).encode()  # texts, and whole ones
             well = (
-                found.sort.lstrip("-") in SORTS
+                found.sort.removeprefix("-") in SORTS
                 and len(found.after or (0, 0)) == 2
-                and (found.limit is None or found.limit > 0)
+                and (found.limit is None or 0 < operator.index(found.limit) < 2**63)
+                and max(map(abs, found.ids or (0,))) < 2**63
             )
         except (TypeError, AttributeError, UnicodeError):
             well = False
@@ -2024,16 +2025,17 @@ class Store(Database):
 
     def delete_users(
         self,
-        ids: Sequence[int],
+        ids: Iterable[int],
         check: Callable[[int], None] | None = None,
         actor: str | None = None,
     ) -> None:
         """Delete these users with all that is below them, or none: Problem 404."""
+        ids = list(ids)
         refuse_twice(ids)
         with self.transaction(actor) as scope:
             scope.frees = True
             self._write_group_log(scope)
-            there = self._rows_by_id([id for id in ids if id <= MAX_ID])
+            there = self._rows_by_id([id for id in ids if abs(id) <= MAX_ID])
             missing = [id for id in ids if id not in there]
             if missing:
                 raise nothing_there("user", missing)
@@ -2531,7 +2533,7 @@ def no_user(id: int) -> Problem:
 
 
 def refuse_twice(ids: Sequence[int]) -> None:
-    twice = sorted({id for id in ids if ids.count(id) > 1})
+    twice = sorted(id for id, n in collections.Counter(ids).items() if n > 1)
     errors = [{"parameter": "id", "detail": f"{id} stands twice"} for id in twice]
     if errors:
         raise Problem(422, "an id stands twice", errors)
