@@ -1692,16 +1692,21 @@ def test_a_group_that_cannot_begin_is_refused_and_the_next_one_is_not(client):
 FORK = """
 import os, sys, userapi
 store, gone = userapi.Store(sys.argv[1]), userapi.Store(":memory:")
-store.create_users([{"name": "Before", "mail": "b@x"}])
+memory = userapi.Store(":memory:")
+for one in (store, memory):
+    one.create_users([{"name": "Before", "mail": "b@x"}])
 del gone
 before = set(store._pool)
 child = os.fork()
 if not child:
-    store.create_users([{"name": "Child", "mail": "c@x"}])
+    for one in (store, memory):
+        one.create_users([{"name": "Child", "mail": "c@x"}])
+    assert memory.count_users() == 2  # a copy is its own
     sys.exit(bool(before & set(store._pool)))  # no connection may cross a fork
 assert os.waitpid(child, 0)[1] == 0
 store.create_users([{"name": "Parent", "mail": "p@x"}])
 print([user["name"] for user in store.find_users()][-3:], store.check())
+assert memory.count_users() == 1
 """
 
 

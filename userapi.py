@@ -2294,9 +2294,10 @@ class Store(Database):
 
 
 def forget(store: weakref.ref[Database]) -> None:
-    """After a fork: leave the connections, none of which may cross it, alone."""
+    """After a fork: leave the connections, none of which may cross it, alone; but what
+    is in memory, of which the child has its own copy, is nowhere else."""
     found = store()
-    if found is not None:
+    if found is not None and not found.memory:
         found._left.append(found._pool)  # to close them would drop the parent's locks
         found._pool = []
 
