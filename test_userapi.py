@@ -768,6 +768,7 @@ def fault_of_sqlite(text: str, name: str = "") -> sqlite3.Error:
 #: (the fault, the status, the seconds after which to ask again)
 FAULTS = [
     (fault_of_sqlite("disk I/O error", "SQLITE_IOERR_WRITE"), 507, "5"),
+    (fault_of_sqlite("disk I/O error", "SQLITE_IOERR_SHMSIZE"), 507, "5"),
     (fault_of_sqlite("disk I/O error", "SQLITE_IOERR_READ"), 503, "5"),
     (fault_of_sqlite("database or disk is full"), 507, "5"),
     (fault_of_sqlite("database is locked"), 503, "5"),

@@ -345,7 +345,7 @@ def database_problem(fault: Exception) -> Problem:
     name = getattr(fault, "sqlite_errorname", "")
     for part, status, detail in DATABASE_PROBLEMS:
         if re.search(part, str(fault)):
-            if name.startswith("SQLITE_IOERR") and "WRITE" not in name:
+            if re.match("SQLITE_IOERR(?!.*(WRITE|SHMSIZE))", name):
                 return busy("the disk does not answer", 5)
             later = [("Retry-After", "5")] if status >= 500 else []
             return Problem(status, detail, headers=later)
