@@ -5733,6 +5733,24 @@ def test_a_terminal_gets_a_progress_bar(db):
     assert text.endswith(b"\r\x1b[K") and b"\n" not in text
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
+def test_no_progress_bar_stands_amid_what_goes_to_the_terminal(db):
+    import pty
+
+    with contextlib.closing(userapi.Store(str(db))) as store:
+        store.create_users([GRACE] * 30_000)
+    ours, theirs = pty.openpty()
+    args = [*PROGRAM, "export", "--db", str(db)]
+    process = subprocess.Popen(args, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    text = b""
+    gone = contextlib.suppress(OSError)  # which is how it ends
+    with process, open(ours, "rb", buffering=0) as terminal, gone:
+        while part := terminal.read(65536):
+            text += part
+    assert text.count(b"\n") == 30_004 and not re.search(rb"\r[^\r\n]|#", text)
+
+
 def test_a_progress_bar_says_how_much_is_left(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
@@ -5757,6 +5775,13 @@ def test_import_names_the_bad_lines_and_keeps_nothing(command, client, tmp_path)
     assert status == 1
     assert not [line for line in bad if str(line) not in err]
     assert len(client.users()) == 4
+
+
+def test_what_a_file_holds_commands_no_terminal(command, tmp_path):
+    source = tmp_path / "in.csv"
+    source.write_text("name,mail,\x1b[31m\x07\nA,a@b,1\n")
+    status, _, err = command("import", source)
+    assert status == 1 and r"\x1b[31m\x07 is no column" in err and "\x1b" not in err
 
 
 FAILING = [

@@ -6082,10 +6082,12 @@ def open_given(
 
 
 class Progress:
-    """A line on a terminal that says how far a long command is; else nothing."""
+    """A line on a terminal that says how far a long command is; else nothing, nor amid
+    what goes to the terminal itself."""
 
-    def __init__(self, unit: str) -> None:
-        self.unit, self.active = unit, sys.stderr.isatty()
+    def __init__(self, unit: str, target: str = "") -> None:
+        amid = target == "-" and sys.stdout.isatty()
+        self.unit, self.active = unit, sys.stderr.isatty() and not amid
         self.began = self.shown = time.monotonic()
 
     def show(self, count: int, share: float) -> None:
@@ -6153,7 +6155,7 @@ def run_export(file: str, format: str | None, **given: Any) -> None:
         raise SettingError(f"say with --format which of {known} it is to be")
     media = FORMATS.get(end, NDJSON)
     members = members_in(media, "v2")
-    with open_given(given) as store, Progress("rows") as bar:
+    with open_given(given) as store, Progress("rows", file) as bar:
         total = store.count_users()
 
         def watched(pages: Iterable[Page]) -> Iterator[Page]:
@@ -6309,6 +6311,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fail(why: str, status: int = 1) -> int:
+    """Say why; what a terminal would obey, in a file's name or header, is escaped."""
+    why = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in why)
     print(f"userapi: {why}", file=sys.stderr)
     return status
 
