@@ -3905,7 +3905,8 @@ class UserAPI:
         length, most = environ.get("CONTENT_LENGTH") or "", self.settings.max_body
         stream = environ["wsgi.input"]
         if not length:
-            if "chunked" not in environ.get("HTTP_TRANSFER_ENCODING", "").lower():
+            chunked = "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "").lower()
+            if not chunked or isinstance(stream, io.BufferedReader):  # wsgiref's socket
                 raise Problem(411, "announce the body's length")
             call.body = stream.read(most + 1)
         elif not re.fullmatch("[0-9]{1,18}", length):

@@ -29,6 +29,7 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
+from wsgiref.simple_server import make_server
 from wsgiref.util import setup_testing_defaults, shift_path_info
 
 import bottle
@@ -1063,6 +1064,20 @@ def test_served_by_another_server(make, tmp_path, server):
     with running(command, pattern, log, env, cwd=folder) as (_, match):
         check_a_served_application(int(match[1]))
         assert "Traceback" not in log.read_text("utf-8", "replace")
+
+
+def test_wsgirefs_server_waits_for_no_chunks(make, tmp_path):
+    """It hands over the socket itself: nothing there says where a body ends."""
+    app = make(db=str(tmp_path / "w.db"))
+    with make_server("127.0.0.1", 0, app) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with socket.create_connection(server.server_address, PATIENCE) as client:
+            client.sendall(
+                b"POST /api/user HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: application/json\r\n"
+                b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n"
+            )
+            assert client.recv(99).startswith(b"HTTP/1.0 411 ")
 
 
 def test_every_setting_comes_from_the_environment(tmp_path, monkeypatch):
