@@ -2714,6 +2714,9 @@ class Answer(NamedTuple):
     status: int = 200
 
 
+Given = tuple[str, Headers, "Iterable[bytes]"]  # an answer as WSGI has it
+
+
 # Parameters
 
 
@@ -3833,6 +3836,12 @@ class UserAPI:
             environ["REMOTE_USER"] = call.actor
         took = time.perf_counter() - began
         self.metrics.note(call.operation.name, answer.status, took)
+        status, headers, body = self.present(call, answer)
+        start_response(status, headers)
+        return body
+
+    def present(self, call: Call, answer: Answer) -> Given:
+        """An answer as WSGI has it, with the headers that all have."""
         body, headers = answer.body, [*answer.headers, *COMMON, *self.guard.vary]
         if answer.media != HTML_UTF8:
             headers.append(("Content-Security-Policy", POLICY))
@@ -3843,10 +3852,10 @@ class UserAPI:
             headers.append(("Content-Type", answer.media))
             if isinstance(body, bytes):
                 headers.append(("Content-Length", str(len(body))))
-        start_response(STATUS[answer.status], headers)
-        if isinstance(body, bytes):
-            return [b"" if call.method == "HEAD" else body]
-        return iter(()) if call.method == "HEAD" else body
+        if call.method == "HEAD":
+            body = b"" if isinstance(body, bytes) else iter(())
+        given = [body] if isinstance(body, bytes) else body
+        return STATUS[answer.status], headers, given
 
     def respond(self, call: Call) -> Answer:
         """Answer what the head asks for, with the body. Raises Problem."""
@@ -5094,9 +5103,6 @@ def refuse_unless(well: bool, what: str) -> None:
         raise Problem(400, f"{what} is malformed")
 
 
-Given = tuple[str, Headers, "Iterable[bytes]"]  # what an application answers
-
-
 class Connection(asyncio.Protocol):
     """One client: bytes to requests, answers to bytes, in order (RFC 9112)."""
 
@@ -5751,12 +5757,7 @@ class Server:
         problem = (
             fault if isinstance(fault, Problem) else self.app.report(environ, fault)
         )
-        body, more = problem.body(), [("Content-Security-Policy", POLICY)]
-        more.append(("Content-Type", PROBLEM_JSON))
-        more.append(("Content-Length", str(len(body))))
-        if environ["REQUEST_METHOD"] == "HEAD":
-            body = b""
-        return STATUS[problem.status], [*problem.headers, *COMMON, *more], [body]
+        return self.app.present(Call(self.app, environ), problem_answer(problem))
 
     # Streams that wait
 

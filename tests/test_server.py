@@ -917,6 +917,16 @@ def test_each_refusal_is_a_problem(small, status):
         assert_problem(answer)
 
 
+def test_the_page_of_a_listed_origin_may_read_the_servers_own_refusals(tmp_path):
+    origin = "http://a.example"
+    with Server(tmp_path, "--cors", origin) as server, Client(server) as client:
+        head = POST + b"Origin: %s\r\n" % origin.encode()
+        answer = client.ask(head + b"Content-Length: 9000000\r\n\r\n")
+        assert answer.status == 413
+        assert answer.get("access-control-allow-origin") == origin
+        assert answer.get("vary") == "Accept, Origin"
+
+
 # ---------------------------------------------------------------------------------
 # The same question put to h11
 # ---------------------------------------------------------------------------------
