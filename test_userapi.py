@@ -1961,6 +1961,15 @@ def test_a_page_costs_the_same_at_any_depth_among_equals(tmp_path, sort):
     assert cost[1] < 2 * cost[0]
 
 
+def test_an_import_counts_on_from_what_another_process_wrote(connect):
+    """Where each write commits for itself, as in processes of another server."""
+    one, another = connect(), connect()
+    rows = "name,mail\nAda,ada@example.org\n"
+    for client in (one, another, one):
+        assert client("POST /api/user", rows, SENT_CSV).status_int == 201
+    assert [user["id"] for user in one.users()][3:] == [1337, 1338, 1339, 1340]
+
+
 def made(db: Any) -> list[Any]:
     """The indexes and triggers of users."""
     return sorted(run_sql(db, userapi.ASIDE_SQL))

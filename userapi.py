@@ -972,16 +972,22 @@ ASIDE_SQL = (
 )
 WRITTEN = tuple(field.name for field in USER.columns)
 LASTS = tuple(f"last_{name}" for name in SHAPES)
-LOGGED = tuple(field.name for field in USER.written)
+REQUIRED = tuple(field.name for field in USER.fields if field.required)
+OPTIONAL = (*(f.name for f in USER.columns if not f.required), *SHAPES)
 #: what a write reads of a user first, and the statement that reads it
 STORED = ("id", "version", *LASTS, *(field.name for field in USER.columns))
 STORED_SQL = (
     f"SELECT user_id, version, {', '.join(LASTS)},"
     f" {', '.join(field.column for field in USER.columns)} FROM users"
 )
-INSERTED = ("user_id", "version", "created", "updated", *LASTS)
-INSERTED += (*(field.column for field in USER.columns), "name_fold", "mail_fold")
+#: the columns of a new user, and by which names their values are known
+INSERTED = {"user_id": "id", "version": "version"}
+INSERTED.update({name: name for name in ("created", "updated", *LASTS)})
+INSERTED.update({field.column: field.name for field in USER.columns})
+INSERTED.update(name_fold="name_fold", mail_fold="mail_fold")
 INTO_USERS = f"users ({', '.join(INSERTED)})"
+inserted_values = operator.itemgetter(*INSERTED.values())
+BLANK = {"version": 1, **dict.fromkeys(LASTS, 0), **dict.fromkeys(WRITTEN, "")}
 INTO_PLAIN = (
     "users (user_id, user_name, user_mail, name_fold, mail_fold, created, updated,"
     " version)"
@@ -1009,7 +1015,8 @@ class Query(NamedTuple):
 
     def where(self) -> tuple[str, list[Any]]:
         """The filters as SQL, with the values to bind."""
-        terms, values = ["TRUE"], list[Any]()
+        terms = ["TRUE"]
+        values: list[Any] = []
         if self.q:
             terms.append("(instr(name_fold, ?) > 0 OR instr(mail_fold, ?) > 0)")
             values += [fold(self.q)] * 2
@@ -1087,46 +1094,6 @@ def exact_bytes(key: Any) -> Any:
     return key.encode(errors="surrogateescape")
 
 
-class Saved(NamedTuple):
-    """What was saved: the ids created, changed and skipped."""
-
-    created: array.array[int]
-    replaced: array.array[int]
-    skipped: array.array[int]
-
-    def counts(self) -> list[tuple[str, int]]:
-        return [(name, len(ids)) for name, ids in zip(self._fields, self)]
-
-
-class Log:
-    """Changes on their way into the log: when and by whom what was done to which users.
-
-    Of very many only the last `most` are kept; those before still take their seq.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.clear()
-
-    def clear(self) -> None:
-        self.size = self.total = 0
-        self.entries: collections.deque[Any] = collections.deque()
-
-    def add(self, entry: tuple[str, str | None, str, Sequence[int], str]) -> None:
-        self.entries.append(entry)
-        self.size += len(entry[3])
-        self.total += len(entry[3])
-        while self.size - len(self.entries[0][3]) >= self.most:
-            self.size -= len(self.entries.popleft()[3])
-
-    def rows(self, last: int) -> Iterator[tuple[Any, ...]]:
-        """The rows of the table, `last` being the newest one's seq."""
-        seqs = itertools.count(last - self.size + 1)
-        for at, actor, op, ids, fields in self.entries:
-            for id in ids:
-                yield next(seqs), at, actor, op, id, fields
-
-
 class Transaction:
     """What one request (or one call) writes together; begun by its first write.
 
@@ -1134,22 +1101,22 @@ class Transaction:
     entered again inside: only the outermost exit commits.
     """
 
-    __slots__ = (
-        "actor", "changes", "connection", "depth", "frees", "grouped", "keep", "log",
-        "now", "saved", "store",
-    )  # fmt: skip
+    now: str  # when it began
+    connection: sqlite3.Connection | None = None
+    depth = logged = 0
+    savepoint = frees = False
+    fault: Problem | None = None  # why nothing that was written is kept
 
-    def __init__(self, store: Database, actor: str | None, keep: bool) -> None:
-        self.store, self.actor, self.keep, self.now = store, actor, keep, utc_now()
-        self.connection: sqlite3.Connection | None = None
-        self.grouped = self.saved = self.frees = False
-        self.depth = 0
-        self.log = Log(store.keep_changes)
-        self.changes: list[Item] = []
+    def __init__(
+        self, store: Database, actor: str | None = None, keep: bool = True
+    ) -> None:
+        self.store, self.actor, self.keep = store, actor, keep
+        #: what was done to which users, with which members of them
+        self.log: list[tuple[Transaction, str, Sequence[int], Iterable[str]]] = []
+        self.changes: list[Item] = []  # to announce
 
     def __enter__(self) -> Transaction:
         if not self.depth:
-            self.store._lock.__enter__()
             self.store._scope.transaction = self
         self.depth += 1
         return self
@@ -1166,11 +1133,44 @@ class Transaction:
                 raise database_problem(late) from late
         finally:
             store._scope.transaction = None
-            store._lock.__exit__(None, None, None)
         if isinstance(fault, DATABASE_FAULTS):
             raise database_problem(fault) from fault
-        if self.keep and fault is None:
-            store._announce(self.changes)
+        if self.changes and self.keep and fault is None:
+            store._announce(self)
+
+    def writer(self, alone: bool = False) -> sqlite3.Connection:
+        """The connection to write with; the first time, the transaction begins here.
+
+        In a group it is a savepoint of its own, but for one statement that is written
+        `alone`: that is kept whole, or not at all, in any case.
+        """
+        if self.connection is None:
+            self.connection = self.store._begin(self, alone)
+        return self.connection
+
+    def note(self, op: str, users: Sequence[int], fields: Iterable[str]) -> None:
+        """Have a row in the log for each of these users when all is committed, with
+        the JSON list of the members written."""
+        self.log.append((self, op, users, fields))
+        self.logged += len(users)
+        if len(self.log) > 2 * self.store.keep_changes:
+            del self.log[: -self.store.keep_changes]
+
+    def take(self, part: Transaction) -> None:
+        """Have what a part of the group has logged as one's own."""
+        self.log += part.log
+        self.logged += part.logged
+        self.changes += part.changes
+        part.changes = []
+
+    def rows(self, last: int) -> Iterator[tuple[Any, ...]]:
+        """The rows that the log is to keep, `last` being the newest one's seq."""
+        end = last - sum(len(users) for _, _, users, _ in self.log)
+        for tx, op, users, fields in self.log:
+            first, end = end + 1, end + len(users)
+            for seq, user, names in zip(itertools.count(first), users, fields):
+                if seq > last - self.store.keep_changes:
+                    yield seq, tx.now, tx.actor, op, user, names
 
 
 class Scope(threading.local):
@@ -1221,7 +1221,6 @@ class Database:
     impatient = 0  # the thread that is never to wait for the database
     _group: sqlite3.Connection | None = None
     _group_thread = 0
-    _group_fault: Problem | None = None
     _highest: int | None = None  # id; while the database is ours to write
     _identity: tuple[int, int] | None = None  # of the file that was opened
     _page_size = 0
@@ -1238,7 +1237,7 @@ class Database:
         self.keep_changes, self.on_change = keep_changes, on_change
         self.memory = path == ":memory:"
         self.in_file = not path.startswith((":memory:", *POSTGRESQL))
-        self._lock = threading.RLock() if self.memory else contextlib.nullcontext()
+        self._lock = threading.Lock()  # of the one connection to what is in memory
         self._scope = Scope()
         self._pool: list[sqlite3.Connection] = []  # that nobody uses
         self._left: list[Any] = []  # of the parent process, after a fork
@@ -1246,13 +1245,12 @@ class Database:
             os.register_at_fork(
                 after_in_child=functools.partial(forget, weakref.ref(self))
             )
-        self._group_changes: list[Item] = []
-        self._group_log = Log(keep_changes)
+        self._turn = Transaction(self)
         self._soon: set[tuple[str, tuple[Any, ...]]] = set()
         if self.in_file:
             self._refuse_foreign()
         try:
-            self._give(self._prepare())
+            self._pool.append(self._prepare())
         except DATABASE_FAULTS as fault:
             raise database_problem(fault) from fault
         if not self.memory:
@@ -1435,6 +1433,8 @@ class Database:
     # Connections and transactions
 
     def _take(self) -> sqlite3.Connection:
+        if self.memory:
+            self._lock.acquire()
         try:
             return self._pool.pop()
         except IndexError:
@@ -1442,6 +1442,8 @@ class Database:
 
     def _give(self, db: sqlite3.Connection) -> None:
         self._pool.append(db)
+        if self.memory:
+            self._lock.release()
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> Rows:
         """What a SELECT finds, as this thread's transaction sees it."""
@@ -1449,12 +1451,11 @@ class Database:
         try:
             if scope is not None and scope.connection is not None:
                 return scope.connection.execute(sql, values).fetchall()
-            with self._lock:
-                db = self._take()
-                try:
-                    return db.execute(sql, values).fetchall()
-                finally:
-                    self._give(db)
+            db = self._take()
+            try:
+                return db.execute(sql, values).fetchall()
+            finally:
+                self._give(db)
         except DATABASE_FAULTS as fault:
             raise database_problem(fault) from fault
 
@@ -1465,96 +1466,76 @@ class Database:
         """
         return self._scope.transaction or Transaction(self, actor, keep)
 
-    def _writer(self, alone: bool = False) -> sqlite3.Connection:
-        """The connection of this thread's transaction, which begins here.
-
-        In a group it is a savepoint of its own, but for one statement that is written
-        `alone`: that is kept whole, or not at all, in any case.
-        """
-        scope = self._scope.transaction
-        assert scope is not None
-        if scope.connection is None:
-            if self.read_only:
-                raise busy("the database is read-only", 60)
-            if group := self._own_group():
-                if self._group_fault:
-                    raise self._group_fault
-                scope.grouped = True
-                scope.saved = not alone or not scope.keep or self._low
-                if scope.saved:
-                    group.execute("SAVEPOINT request")
-                scope.connection = group
-            else:
-                scope.connection = self._begin()
-        return scope.connection
-
-    def _begin(self) -> sqlite3.Connection:
+    def _begin(self, tx: Transaction, alone: bool) -> sqlite3.Connection:
+        if self.read_only:
+            raise busy("the database is read-only", 60)
+        if group := self._own_group():
+            self._begin_part(group, tx, alone)
+            return group
         db = self._take()
         try:
             db.execute("BEGIN IMMEDIATE")
         except sqlite3.Error:
             self._give(db)
             raise
-        self._highest = None
+        self._highest, tx.now = None, utc_now()
         return db
 
-    def _end(self, scope: Transaction, keep: bool) -> None:
+    def _begin_part(self, db: sqlite3.Connection, tx: Transaction, alone: bool) -> None:
+        turn = self._turn
+        if turn.fault:
+            raise turn.fault
+        if tx.frees:  # it writes its log itself: to take that back takes nothing else
+            try:
+                self._write_log(db, turn)
+            except DATABASE_FAULTS as fault:
+                turn.fault = database_problem(fault)
+                raise
+        tx.now, tx.savepoint = turn.now, not alone or not tx.keep or self._low
+        if tx.savepoint:
+            db.execute("SAVEPOINT request")
+
+    def _end(self, tx: Transaction, keep: bool) -> None:
         """Commit or roll back; in a group only this request's savepoint."""
-        db = scope.connection
+        db, tx.connection = tx.connection, None
         if db is None:
             return
-        if scope.grouped:
-            self._end_part(scope, db, keep)
+        if db is self._group:
+            self._end_part(db, tx, keep)
             return
         try:
-            self._commit(db, keep, scope.frees, scope.log, scope.changes)
+            self._commit(db, tx, keep)
         finally:
-            scope.connection = None
             self._give(db)
 
-    def _end_part(self, scope: Transaction, db: sqlite3.Connection, keep: bool) -> None:
+    def _end_part(self, db: sqlite3.Connection, tx: Transaction, keep: bool) -> None:
         if not db.in_transaction:  # SQLite rolled the whole group back
-            self._group_fault = Problem(507, DISK_FULL)
+            self._turn.fault = Problem(507, DISK_FULL)
             return
-        kept = False
         try:
-            if keep and self._low and not scope.frees:
-                self._require_room(db, self._file_size())
-            kept = keep
+            if keep and self._low:
+                self._require_room(db, tx.frees)
+        except BaseException:
+            keep = False
+            raise
         finally:
-            self._close_part(scope, db, kept)
+            if keep:
+                self._turn.take(tx)
+            elif tx.savepoint:
+                db.execute("ROLLBACK TO request")
+                self._highest = None
+            else:  # what was written alone cannot be taken back alone
+                self._turn.fault = busy("a write of the same moment failed")
+            if tx.savepoint:
+                db.execute("RELEASE request")
 
-    def _close_part(
-        self, scope: Transaction, db: sqlite3.Connection, kept: bool
-    ) -> None:
-        if kept:
-            for entry in scope.log.entries:
-                self._group_log.add(entry)
-            self._group_changes += scope.changes
-            scope.changes = []  # they are the group's now
-        elif scope.saved:
-            db.execute("ROLLBACK TO request")
-            self._highest = None
-        else:  # what was written alone cannot be taken back alone
-            self._group_fault = busy("a write of the same moment failed")
-        if scope.saved:
-            db.execute("RELEASE request")
-
-    def _commit(
-        self,
-        db: sqlite3.Connection,
-        keep: bool,
-        frees: bool,
-        log: Log,
-        changes: list[Item],
-    ) -> None:
+    def _commit(self, db: sqlite3.Connection, tx: Transaction, keep: bool) -> None:
         """Commit if there is room for it or it frees some, else roll back and raise."""
+        room = 0
         try:
             if keep and db.in_transaction:
-                self._write_log(db, log, changes)
-                size = self._file_size()
-                if not frees:
-                    self._require_room(db, size)
+                self._write_log(db, tx)
+                room = self._require_room(db, tx.frees)
                 db.execute("COMMIT")
         except sqlite3.Error:
             self._overwrite_log(db)
@@ -1562,7 +1543,7 @@ class Database:
         finally:
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            self._make_room(db)
+            self._make_room(db, room)
 
     def _overwrite_log(self, db: sqlite3.Connection) -> None:
         """Write over what a commit whose sync failed has left in the log: it may stand
@@ -1574,59 +1555,29 @@ class Database:
             db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         db.execute(f"PRAGMA synchronous = {'FULL' if self.wal else 'EXTRA'}")
 
-    def _insert_rows(self, db: Any, into: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Insert rows; mostly it is one."""
-        rows = iter(rows)
-        first = list(itertools.islice(rows, 2))
-        if len(first) == 1:
-            db.execute(insert_sql(into, 1, len(first[0])), first[0])
-        elif first:
-            self._insert_many(db, into, itertools.chain(first, rows))
-
-    def _insert_many(self, db: Any, into: str, rows: Iterator[Sequence[Any]]) -> None:
-        """Insert many with one statement, which saves a third of the time."""
-        while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
+    def _insert_rows(self, db: Any, into: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Insert rows, many with one statement: that saves a third of the time."""
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            some = rows[first : first + ROWS_AT_ONCE]
             sql = insert_sql(into, len(some), len(some[0]))
             db.execute(sql, list(itertools.chain.from_iterable(some)))
 
-    def _now(self) -> str:
-        assert self._scope.transaction is not None
-        return self._scope.transaction.now
-
-    def _log(self, op: str, ids: Sequence[int], names: tuple[str, ...]) -> None:
-        """Have a row in the log for each of these users when all is committed."""
-        scope = self._scope.transaction
-        assert scope is not None
-        scope.log.add((scope.now, scope.actor, op, ids, list_json(names)))
-
-    def _write_group_log(self, scope: Transaction) -> None:
-        """Write what the group has logged, before the savepoint of a request that will
-        write its own: to take that back takes nothing else."""
-        group = self._own_group()
-        if group and not scope.connection and not self._group_fault:
-            try:
-                self._write_log(group, self._group_log, self._group_changes)
-            except DATABASE_FAULTS as fault:
-                self._group_fault = database_problem(fault)
-                raise
-
-    def _write_log(self, db: sqlite3.Connection, log: Log, changes: list[Item]) -> None:
+    def _write_log(self, db: sqlite3.Connection, tx: Transaction) -> None:
         """Write what was logged, bound the log, and note the changes to announce."""
-        if not log.entries:
+        if not tx.logged:
             return
         ((last,),) = db.execute(f"SELECT {_LAST_SEQ}")
-        last += log.total
-        self._insert_rows(db, INTO_CHANGES, log.rows(last))
-        if last % max(1, self.keep_changes // 1000) < log.total:  # not each time
+        last += tx.logged
+        for rows in batches(tx.rows(last)):
+            self._insert_rows(db, INTO_CHANGES, rows)
+            if self.on_change:
+                tx.changes += map(show_change, rows)
+        if last % max(1, self.keep_changes // 1000) < tx.logged:  # not each time
             bound = (last - self.keep_changes,)
             db.execute("DELETE FROM changes WHERE seq <= ?", bound)
-        if last % (GRAVES // 10) < log.total:
+        if last % (GRAVES // 10) < tx.logged:
             self._bound_graves(db)
-        if self.on_change:
-            for row in log.rows(last):
-                change = dict(zip(CHANGE, row))
-                changes.append({**change, "fields": json.loads(change["fields"])})
-        log.clear()
+        tx.log, tx.logged = [], 0
 
     def _bound_graves(self, db: sqlite3.Connection) -> None:
         """Keep the graves of the highest ids; of all others the highest version."""
@@ -1672,20 +1623,22 @@ class Database:
         self._identity = found.st_dev, found.st_ino
         return found.st_size
 
-    def _require_room(self, db: sqlite3.Connection, size: int) -> None:
-        """Refuse new pages if a checkpoint would find no room for them: Problem 507.
+    def _require_room(self, db: sqlite3.Connection, frees: bool) -> int:
+        """How much room there is. Refuses new pages if a checkpoint would find no room
+        for them: Problem 507.
 
         They stand in the log first, hence twice. What adds no page passes, so that
         deleting helps, and what it has freed can be used again.
         """
-        if not self.in_file:
-            return
-        if not self._page_size:
-            ((self._page_size,),) = db.execute("PRAGMA page_size")
-        ((pages,),) = db.execute("PRAGMA page_count")
-        growth = pages * self._page_size - size
-        if growth > 0 and self._room() < 2 * growth:
-            raise Problem(507, DISK_FULL, headers=[("Retry-After", "5")])
+        size, room = self._file_size(), self._room()
+        if self.in_file and not frees:
+            if not self._page_size:
+                ((self._page_size,),) = db.execute("PRAGMA page_size")
+            ((pages,),) = db.execute("PRAGMA page_count")
+            growth = pages * self._page_size - size
+            if growth > 0 and room < 2 * growth:
+                raise Problem(507, DISK_FULL, headers=[("Retry-After", "5")])
+        return room
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the database and its write-ahead log."""
@@ -1695,15 +1648,19 @@ class Database:
                 sizes[name] = os.path.getsize(self.path + end)
         return sizes
 
-    def _make_room(self, db: sqlite3.Connection) -> None:
-        """Where little room is left, give back what the log takes of it."""
-        room = self._room()
+    def _make_room(self, db: sqlite3.Connection, room: int = 0) -> None:
+        """Where little room is left, give back what the log takes of it. It is looked
+        up unless there was plenty just now."""
+        if room < PLENTY:
+            room = self._room()
         self._low = room < LOW
         if room < PLENTY and room < 8 * self.sizes().get("wal", 0):
             with contextlib.suppress(sqlite3.Error):
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
-    def _announce(self, changes: list[Item]) -> None:
+    def _announce(self, tx: Transaction) -> None:
+        """Tell `on_change` of what was kept."""
+        changes, tx.changes = tx.changes, []
         for change in changes:  # there are none without on_change
             try:
                 self.on_change(change)  # type: ignore[misc]
@@ -1726,8 +1683,8 @@ class Database:
     def begin_group(self, wait: bool = False) -> bool:
         """Begin one; False where another program holds the lock. `wait` waits 5 s."""
         assert self._group is not None
-        self._group_fault, self._group_changes = None, []
-        self._group_log = Log(self.keep_changes)
+        self._turn = Transaction(self)
+        self._turn.now = utc_now()
         if self.read_only:
             return True
         try:
@@ -1740,7 +1697,7 @@ class Database:
             problem = database_problem(fault)
             if not wait and problem.status == 503:
                 return False
-            self._group_fault = problem
+            self._turn.fault = problem
         finally:
             if wait:
                 self._group.execute("PRAGMA busy_timeout = 0")
@@ -1751,10 +1708,10 @@ class Database:
         db = self._group
         assert db is not None
         try:
-            if self._group_fault:
-                raise self._group_fault
-            frees = self._low  # then each request was asked
-            self._commit(db, True, frees, self._group_log, self._group_changes)
+            if self._turn.fault:
+                raise self._turn.fault
+            self._turn.frees = self._low  # then each request was asked
+            self._commit(db, self._turn, keep=True)
         except DATABASE_FAULTS as fault:
             raise database_problem(fault) from fault
         finally:
@@ -1763,8 +1720,7 @@ class Database:
 
     def announce_group(self) -> None:
         """Tell `on_change` of what the last group kept."""
-        changes, self._group_changes = self._group_changes, []
-        self._announce(changes)
+        self._announce(self._turn)
 
     def close_group(self) -> None:
         """Checkpoint, so that the file alone is whole, and close."""
@@ -1779,8 +1735,8 @@ class Database:
         """Have this written with the next group; at once where there are none."""
         self._soon.add((sql, values))
         if self._group_thread != threading.get_ident() and not self.read_only:
-            with contextlib.suppress(Problem), self.transaction():
-                self._write_soon(self._writer())
+            with contextlib.suppress(Problem), self.transaction() as tx:
+                self._write_soon(tx.writer())
 
     def _write_soon(self, db: sqlite3.Connection) -> None:
         while self._soon:
@@ -1911,75 +1867,74 @@ class Store(Database):
         entries = ((Place(f"#/items/{n}"), item) for n, item in enumerate(items))
         with self.transaction(actor):
             saved = Saving(self, how, VIEWS[view]).save(batches(entries))
-            return [self.get_user(id, view) for id in saved.created + saved.replaced]
+            return [self.get_user(id, view) for id in saved.ids]
 
-    def _rows_by_id(self, ids: Sequence[int]) -> dict[int, Item]:
+    def _rows_by_id(self, tx: Transaction, ids: Sequence[int]) -> dict[int, Item]:
         """The users of these ids as they are stored, read by the coming write."""
         if not ids:
             return {}
-        self._writer()
+        tx.writer()
         marks = ", ".join("?" * len(ids))
         rows = self.rows(f"{STORED_SQL} WHERE user_id IN ({marks})", ids)
         return {row[0]: dict(zip(STORED, row)) for row in rows}
 
-    def _insert(self, new: list[Item]) -> list[int]:
+    def _insert(
+        self, tx: Transaction, new: list[Entry], highest: int
+    ) -> array.array[int]:
         """Insert users; their ids. Raises Problem 409 where no id is left."""
-        if not new:
-            return []
-        alone = len(new) == 1 and SHAPES.keys().isdisjoint(new[0])
-        db, now, highest = self._writer(alone), self._now(), self._highest_id()
-        given = [item["id"] for item in new if "id" in item]
-        graves = self._find_graves([id for id in given if id <= highest])
-        count, rows = max([highest, *given]), []
-        for item in new:
-            if "id" not in item:
-                item["id"] = count = count + 1
-                if count > MAX_ID:
-                    raise Problem(409, "there is no id left")
-            id, version = item["id"], item.get("version", 1)
-            if id <= highest:
-                version = max(version, graves.get(id, 0) + 1, graves.get(0, 0) + 1)
-            times = item.get("created", now), item.get("updated", now)
-            folds = fold(item["name"]), fold(item["mail"])
-            lasts = [number_rows(item[n], 0) if n in item else 0 for n in SHAPES]
-            columns = [item.get(name, "") for name in WRITTEN]
-            rows.append((id, version, *times, *lasts, *columns, *folds))
-        self._insert_rows(db, INTO_USERS, rows)
-        for name, shape in SHAPES.items() if not alone else ():
-            below = [(item["id"], item[name]) for item in new if name in item]
-            self._put_rows(shape, below, 1)
-        for names, run in itertools.groupby(new, written_members):
-            self._log("create", [item["id"] for item in run], names)
-        self._highest = count
-        return [row[0] for row in rows]
+        items = [item for _, item in new]
+        self._highest = number_rows(items, highest, "id")
+        ids, rows, fields = array.array("q"), [], []
+        below: dict[str, list[tuple[int, list[Item]]]] = {}
+        for item in items:
+            row = {**BLANK, "created": tx.now, "updated": tx.now, **item}
+            row["name_fold"], row["mail_fold"] = fold(row["name"]), fold(row["mail"])
+            for name in SHAPES:
+                if name in item:
+                    row[f"last_{name}"] = number_rows(item[name], 0)
+                    below.setdefault(name, []).append((item["id"], item[name]))
+            ids.append(item["id"])
+            rows.append(inserted_values(row))
+            fields.append(list_json(written_members(item)))
+        self._insert_rows(tx.writer(), INTO_USERS, rows)
+        for name, lists in below.items():
+            self._put_rows(tx, SHAPES[name], lists, 1)
+        tx.note("create", ids, fields)
+        return ids
 
     def _insert_columns(
-        self, ids: Sequence[int], names: Sequence[str], mails: Sequence[str]
+        self,
+        tx: Transaction,
+        ids: Sequence[int],
+        names: Sequence[str],
+        mails: Sequence[str],
     ) -> None:
         """Insert users that are all of the three; the ids are new, the last highest."""
-        db, now = self._writer(), self._now()
         folds = fold_all(names), fold_all(mails)
-        same = map(itertools.repeat, (now, now, 1))
-        self._insert_rows(db, INTO_PLAIN, zip(ids, names, mails, *folds, *same))
+        same = map(itertools.repeat, (tx.now, tx.now, 1))
+        rows = list(zip(ids, names, mails, *folds, *same))
+        self._insert_rows(tx.writer(), INTO_PLAIN, rows)
         self._highest = ids[-1]
-        self._log("create", ids, ("name", "mail"))
+        users, fields = array.array("q", ids), list_json(("name", "mail"))
+        tx.note("create", users, itertools.repeat(fields))
 
-    def _highest_id(self) -> int:
+    def _highest_id(self, db: sqlite3.Connection) -> int:
         """The highest id that there has been, looked up once a transaction or group."""
         if self._highest is None:
-            ((self._highest,),) = self._writer().execute(f"SELECT {_HIGHEST}")
+            ((self._highest,),) = db.execute(f"SELECT {_HIGHEST}")
         return self._highest
 
-    def _find_graves(self, ids: Sequence[int]) -> dict[int, int]:
-        """The last version of each of these ids that was in use before."""
-        if not ids:
-            return {}
-        marks = ", ".join("?" * len(ids))
+    def _outlive(self, items: list[Item]) -> None:
+        """Raise the versions of new users above those that others of their ids had."""
+        marks, ids = ", ".join("?" * len(items)), [item["id"] for item in items]
         sql = f"SELECT user_id, version FROM graves WHERE user_id IN (0, {marks})"
-        return dict(self.rows(sql, ids))
+        last = dict(self.rows(sql, ids))
+        for item in items:
+            before = max(last.get(item["id"], 0), last.get(0, 0))
+            item["version"] = max(item.get("version", 1), before + 1)
 
-    def _update(self, row: Item, item: Item) -> int:
-        """Write what the item holds into the user of the row; its new version."""
+    def _update(self, tx: Transaction, row: Item, item: Item) -> None:
+        """Write what the item holds into the user of the row."""
         sets: Item = {}
         fields = []
         for field in USER.columns:
@@ -1990,20 +1945,20 @@ class Store(Database):
         for name in ("name", "mail"):
             if name in item:
                 sets[f"{name}_fold"] = fold(item[name])
-        lists = [shape for shape in SHAPES.values() if shape.name in item]
-        for shape in lists:
-            last = f"last_{shape.name}"
-            sets[last] = number_rows(item[shape.name], row[last])
-            if list(self._load_rows(shape, row["id"]).values()) != item[shape.name]:
-                fields.append(shape.name)
-        version = self._raise_version(row, sets, tuple(fields))
-        for shape in lists:
-            self._drop_rows(shape, row["id"])
-            self._put_rows(shape, [(row["id"], item[shape.name])], version)
-        return version
+        there = {n: self._load_rows(SHAPES[n], row["id"]) for n in SHAPES if n in item}
+        for name, rows in there.items():
+            last = f"last_{name}"
+            sets[last] = number_rows(item[name], row[last])
+            if list(rows.values()) != item[name]:
+                fields.append(name)
+        version = self._raise_version(tx, row, sets, tuple(fields))
+        for name, rows in there.items():
+            self._drop_rows(tx, SHAPES[name], row["id"], [*rows])
+            self._put_rows(tx, SHAPES[name], [(row["id"], item[name])], version)
 
     def _raise_version(
         self,
+        tx: Transaction,
         row: Item,
         sets: Item,
         fields: tuple[str, ...],
@@ -2017,10 +1972,10 @@ class Store(Database):
             f"UPDATE users SET {columns}version = version + 1, updated = ?"
             " WHERE user_id = ? AND version = ?"
         )
-        values = [*sets.values(), self._now(), row["id"], row["version"]]
-        if self._writer().execute(sql, values).rowcount != 1:
+        values = [*sets.values(), tx.now, row["id"], row["version"]]
+        if tx.writer().execute(sql, values).rowcount != 1:
             raise Problem(412, "someone was faster; read the user again")
-        self._log("update", (row["id"],), fields)
+        tx.note("update", [row["id"]], [list_json(fields)])
         return int(row["version"]) + 1
 
     def delete_users(
@@ -2032,20 +1987,18 @@ class Store(Database):
         """Delete these users with all that is below them, or none: Problem 404."""
         ids = list(ids)
         refuse_twice(ids)
-        with self.transaction(actor) as scope:
-            scope.frees = True
-            self._write_group_log(scope)
-            there = self._rows_by_id([id for id in ids if abs(id) <= MAX_ID])
+        with self.transaction(actor) as tx:
+            tx.frees = True
+            there = self._rows_by_id(tx, [id for id in ids if abs(id) <= MAX_ID])
             missing = [id for id in ids if id not in there]
             if missing:
                 raise nothing_there("user", missing)
             for id in ids:
                 if check:
                     check(there[id]["version"])
-                self._log("delete", (id,), ())
-                # the trigger looks for it
-                self._write_log(self._writer(), scope.log, scope.changes)
-                self._writer().execute("DELETE FROM users WHERE user_id = ?", (id,))
+                tx.note("delete", [id], ["[]"])
+                self._write_log(tx.writer(), tx)  # the trigger looks for it
+                tx.writer().execute("DELETE FROM users WHERE user_id = ?", (id,))
 
     # Phones and addresses
 
@@ -2066,30 +2019,22 @@ class Store(Database):
 
     def _put_rows(
         self,
+        tx: Transaction,
         shape: Shape,
         below: Iterable[tuple[int, Iterable[Item]]],
         stamp: int,
-        replace: bool = False,
     ) -> None:
-        """Write rows below users; with `replace` some may be there."""
+        """Insert rows below users."""
         into = f"user_{shape.name} (user_id, stamp, {', '.join(shape.names)})"
-        values = [
-            (user, stamp, *shape.values(row)) for user, rows in below for row in rows
-        ]
-        if replace:
-            names = ("stamp", *shape.names)
-            sets = ", ".join(f"{name} = excluded.{name}" for name in names)
-            sql = f"{insert_sql(into, 1, len(names) + 1)} ON CONFLICT (user_id, id)"
-            for row in values:
-                self._writer().execute(f"{sql} DO UPDATE SET {sets}", row)
-        else:
-            self._insert_rows(self._writer(), into, values)
+        rows = [(id, stamp, *shape.values(row)) for id, rows in below for row in rows]
+        self._insert_rows(tx.writer(), into, rows)
 
-    def _drop_rows(self, shape: Shape, user: int, number: int | None = None) -> None:
-        """Delete one of a user's rows, or all; `stamp` tells the trigger it is us."""
-        where = "user_id = ?" if number is None else "user_id = ? AND id = ?"
-        values = (user,) if number is None else (user, number)
-        table, db = f"user_{shape.name}", self._writer()
+    def _drop_rows(
+        self, tx: Transaction, shape: Shape, user: int, numbers: Sequence[int]
+    ) -> None:
+        """Delete some of a user's rows; `stamp` tells the trigger it is us."""
+        where = f"user_id = ? AND id IN ({', '.join('?' * len(numbers))})"
+        table, db, values = f"user_{shape.name}", tx.writer(), (user, *numbers)
         db.execute(f"UPDATE {table} SET stamp = -1 WHERE {where}", values)
         db.execute(f"DELETE FROM {table} WHERE {where}", values)
 
@@ -2106,8 +2051,8 @@ class Store(Database):
 
         `number` is the URI's. Gives their numbers and the user's new version.
         """
-        with self.transaction():
-            row = self._rows_by_id([user]).get(user)
+        with self.transaction() as tx:
+            row = self._rows_by_id(tx, [user]).get(user)
             there = self._load_rows(shape, user)
             rows, faults = check_rows(shape, there, entries, how, number)
             faults.raise_worst(422)
@@ -2122,9 +2067,12 @@ class Store(Database):
             sets = {last: number_rows(rows, row[last])}
             differ = any(there.get(value["id"]) != value for value in rows)
             fields = (shape.name,) if differ else ()
-            version = self._raise_version(row, sets, fields, check)
-            self._put_rows(shape, [(user, rows)], version, how != "create")
-        return [value["id"] for value in rows], version
+            version = self._raise_version(tx, row, sets, fields, check)
+            numbers = [value["id"] for value in rows]
+            if how != "create":
+                self._drop_rows(tx, shape, user, numbers)
+            self._put_rows(tx, shape, [(user, rows)], version)
+        return numbers, version
 
     def delete_rows(
         self,
@@ -2135,18 +2083,17 @@ class Store(Database):
     ) -> None:
         """Delete these rows below a user, or none of them: Problem 404."""
         refuse_twice(numbers)
-        with self.transaction() as scope:
-            scope.frees = True
-            row = self._rows_by_id([user]).get(user)
+        with self.transaction() as tx:
+            tx.frees = True
+            row = self._rows_by_id(tx, [user]).get(user)
             if row is None:
                 raise no_user(user)
             there = self._load_rows(shape, user)
             missing = [number for number in numbers if number not in there]
             if missing:
                 raise nothing_there(shape.name, missing)
-            self._raise_version(row, {}, (shape.name,), check)
-            for number in numbers:
-                self._drop_rows(shape, user, number)
+            self._raise_version(tx, row, {}, (shape.name,), check)
+            self._drop_rows(tx, shape, user, numbers)
 
     # The log, retries, tokens
 
@@ -2170,7 +2117,7 @@ class Store(Database):
 
     def find_retry(self, key: bytes) -> tuple[bytes, int, str, bytes] | None:
         """What was answered to an Idempotency-Key within the last day."""
-        self._writer()
+        self.transaction().writer()
         found = self.rows(
             "SELECT digest, status, headers, body FROM retries"
             " WHERE key = ? AND at > ?",
@@ -2185,7 +2132,8 @@ class Store(Database):
 
         An id is how many bytes there have been up to its end.
         """
-        db, now, told = self._writer(), int(time.time()), json.dumps(headers)
+        db, told = self.transaction().writer(), json.dumps(headers)
+        now = int(time.time())
         db.execute("DELETE FROM retries WHERE at <= ?", (now - DAY,))
         ((last,),) = db.execute("SELECT coalesce(max(id), 0) FROM retries")
         last += len(told) + len(body) + 200  # with the key, the digest and the rest
@@ -2220,13 +2168,13 @@ class Store(Database):
         import secrets
 
         token = secrets.token_urlsafe(32)
-        with self.transaction():
-            db = self._writer()
+        with self.transaction() as tx:
+            db = tx.writer()
             if db.execute("SELECT 1 FROM tokens WHERE name = ?", (name,)).fetchone():
                 raise Problem(409, f"there is a token {name} already")
             db.execute(
                 "INSERT INTO tokens (name, digest, role, created) VALUES (?, ?, ?, ?)",
-                (name, hashlib.sha256(token.encode()).digest(), role, self._now()),
+                (name, hashlib.sha256(token.encode()).digest(), role, tx.now),
             )
         self._has_tokens = True, 0.0
         return token
@@ -2238,9 +2186,9 @@ class Store(Database):
 
     def revoke_token(self, name: str) -> None:
         """Take a token back, in force at once in every process. Problem 404."""
-        with self.transaction():
+        with self.transaction() as tx:
             sql = "DELETE FROM tokens WHERE name = ?"
-            if self._writer().execute(sql, (name,)).rowcount != 1:
+            if tx.writer().execute(sql, (name,)).rowcount != 1:
                 raise Problem(404, f"there is no token {name}")
         self._has_tokens = False, 0.0
 
@@ -2302,34 +2250,16 @@ def forget(store: weakref.ref[Database]) -> None:
         found._pool = []
 
 
-class Seen:
-    """The ids that stood before: in bits, and rising ones one after the other, so that
-    a million take little memory."""
-
-    def __init__(self) -> None:
-        self.blocks: dict[int, int] = {}
-        self.rising = array.array("q")
-
-    def extend(self, ids: Iterable[int]) -> None:
-        """Add ids that rise, and are above all that were extended by before."""
-        self.rising.extend(ids)
-
-    def add(self, id: int) -> bool:
-        """Add an id; whether it is new."""
-        bit, before = 1 << (id & 1023), self.blocks.get(id >> 10, 0)
-        self.blocks[id >> 10] = before | bit
-        if before & bit:
-            return False
-        at = bisect.bisect_left(self.rising, id)
-        return at == len(self.rising) or self.rising[at] != id
+COUNTED = {"created": 0, "replaced": 0, "skipped": 0}  # items of an import
 
 
 class Saving:
     """How users are saved: all of the items of one transaction, or none of them.
 
-    `how` is create, replace or merge; `id` the URI's; `check` sees the version of a
-    user before it is changed; `conflict` says what is done about an id that is taken;
-    `keeps` names what an import keeps of new users; it tells fewer faults.
+    It is made and used within that transaction. `how` is create, replace or merge; `id`
+    the URI's; `check` sees the version of a user before it is changed; `conflict` says
+    what is done about an id that is taken; `keeps` names what an import keeps of new
+    users; it tells fewer faults. `ids` are those written, `counts` what became of all.
     """
 
     def __init__(
@@ -2343,28 +2273,30 @@ class Saving:
         conflict: str = "fail",
         keeps: Names = (),
     ) -> None:
-        self.store, self.creates, self.conflict = store, how == "create", conflict
-        self.id, self.check = id, check
-        self.saved = Saved(array.array("q"), array.array("q"), array.array("q"))
-        self.faults, self.seen = Faults(IMPORT_FAULTS) if keeps else Faults(), Seen()
+        self.store, self.tx, self.id, self.check = store, store.transaction(), id, check
+        self.creates = how == "create"
+        self.conflict = conflict if self.creates else "replace"
+        self.faults = Faults(IMPORT_FAULTS) if keeps else Faults()
+        self.ids, self.counts = array.array("q"), COUNTED.copy()
+        self.seen: dict[int, int] = {}  # ids by their bits: a million take little room
         needs_id = id is None and not self.creates
         self.checker = find_checker(USER, members, how == "merge", keeps, needs_id)
+        self.before = MAX_ID  # the highest id: all above it are those of new users
         self.aside: list[str] | None = None
 
-    def save(self, batches: Iterable[Iterable[Entry]]) -> Saved:
+    def save(self, batches: Iterable[Iterable[Entry]]) -> Saving:
         """Save what stands in the batches. Raises Problem with all that is wrong."""
-        with self.store.transaction():
-            for batch in batches:
-                if self.aside is None and len(self.saved.created) >= self.store.many:
-                    self.aside = self.set_aside()
-                if not (isinstance(batch, Columns) and self.create_columns(batch)):
-                    self.save_batch(batch)
-            if self.id is not None and self.faults.statuses == {404}:
-                raise no_user(self.id)
-            self.faults.raise_worst()
-            for statement in self.aside or ():
-                self.store._writer().execute(statement)
-        return self.saved
+        for batch in batches:
+            if self.aside is None and self.counts["created"] >= self.store.many:
+                self.aside = self.set_aside()
+            if not (isinstance(batch, Columns) and self.create_columns(batch)):
+                self.save_batch(batch)
+        if self.id is not None and self.faults.statuses == {404}:
+            raise no_user(self.id)
+        self.faults.raise_worst()
+        for statement in self.aside or ():
+            self.tx.writer().execute(statement)
+        return self
 
     def set_aside(self) -> list[str]:
         """Do without the indexes and triggers of users while many are created, where
@@ -2374,45 +2306,65 @@ class Saving:
             return []
         made = self.store.rows(ASIDE_SQL)
         for kind, name, _ in made:
-            self.store._writer().execute(f"DROP {kind} {name}")
+            self.tx.writer().execute(f"DROP {kind} {name}")
         return [statement for _, _, statement in made]
+
+    def highest(self, alone: bool = False) -> int:
+        """The highest id that there has been."""
+        found = self.store._highest_id(self.tx.writer(alone))
+        if not self.counts["created"]:
+            self.before = found
+        return found
 
     def create_columns(self, users: Columns) -> bool:
         """Create plain users if their ids are new and rise; whether it was done."""
-        highest = self.store._highest_id()
+        highest = self.highest()
         ids = users.ids or range(highest + 1, highest + 1 + len(users))
         rising = highest < ids[0] and all(map(operator.lt, ids, ids[1:]))
         well = rising and ids[-1] <= MAX_ID and not self.faults.total
         if self.store.unique_mail or not well:
             return False
-        self.store._insert_columns(ids, users.names, users.mails)
-        self.saved.created.extend(ids)
-        self.seen.extend(ids)
+        self.store._insert_columns(self.tx, ids, users.names, users.mails)
+        self.counts["created"] += len(users)
         return True
 
     def save_batch(self, batch: Iterable[Entry]) -> None:
-        check, faults, id = self.checker.check, self.faults, self.id or 0
-        items = [(place, check(place, item, faults, id)) for place, item in batch]
-        items = [entry for entry in items if self.stands_once(*entry)]
-        if self.id is not None:  # of one user, what it holds is told first
-            self.faults.raise_worst()
-        new, changed = self.sort(items)
+        new, changed = self.sort(self.check_items(batch))
         if self.store.unique_mail:
             self.refuse_taken_mail(new, changed)
         if not self.faults.total:
-            counted = [item for _, item in new if "id" not in item]
-            self.saved.created.extend(self.store._insert([item for _, item in new]))
-            self.seen.extend(item["id"] for item in counted)
-            for _, row, item in changed:
-                self.store._update(row, item)
-                self.saved.replaced.append(row["id"])
+            self.write(new, changed)
 
-    def stands_once(self, place: Place, item: Item) -> bool:
-        """Whether an item's id is no earlier one's, sent or counted; else a fault."""
-        once = "id" not in item or self.seen.add(item["id"])
-        if not once:
-            self.faults.add(place, "id", "stands twice")
-        return once
+    def check_items(self, batch: Iterable[Entry]) -> list[Entry]:
+        """The items as they are stored, without those whose id stood before."""
+        check, faults, id = self.checker.check, self.faults, self.id or 0
+        items = []
+        for place, sent in batch:
+            item = check(place, sent, faults, id)
+            if "id" in item and not self.stands_once(item["id"]):
+                faults.add(place, "id", "stands twice")
+            else:
+                items.append((place, item))
+        if self.id is not None:  # of one user, what it holds is told first
+            faults.raise_worst()
+        return items
+
+    def stands_once(self, id: int) -> bool:
+        """Whether an id that was sent is no earlier item's."""
+        bit, before = 1 << (id & 1023), self.seen.get(id >> 10, 0)
+        self.seen[id >> 10] = before | bit
+        return not before & bit
+
+    def find_rows(self, items: list[Entry]) -> dict[int, Item]:
+        """The users that the items name, as they are stored."""
+        named = [item for _, item in items if "id" in item]
+        if self.creates:
+            highest = self.highest()
+            named = [item for item in named if item["id"] <= highest]
+        there = self.store._rows_by_id(self.tx, [item["id"] for item in named])
+        if self.creates and len(there) < len(named):
+            self.store._outlive([item for item in named if item["id"] not in there])
+        return there
 
     def sort(
         self, items: list[Entry]
@@ -2420,11 +2372,7 @@ class Saving:
         """The items that are new, and those that change a row, with that row."""
         new: list[Entry] = []
         changed: list[tuple[Place, Item, Item]] = []
-        ids = [item["id"] for _, item in items if "id" in item]
-        if self.creates and ids:
-            highest = self.store._highest_id()
-            ids = [id for id in ids if id <= highest]
-        there = self.store._rows_by_id(ids)
+        there = self.find_rows(items) if self.seen else {}
         for place, item in items:
             row = there.get(item.get("id", 0))
             if row is None and self.creates:
@@ -2432,15 +2380,28 @@ class Saving:
             elif row is None:
                 if "id" in item:  # else it is told as missing
                     self.faults.add(place, "id", "is nobody's", 404)
-            elif self.creates and self.conflict == "fail":
+            elif row["id"] > self.before:
+                self.faults.add(place, "id", "stands twice")
+            elif self.conflict == "fail":
                 self.faults.add(place, "id", "is taken", 409)
-            elif self.creates and self.conflict == "skip":
-                self.saved.skipped.append(item["id"])
+            elif self.conflict == "skip":
+                self.counts["skipped"] += 1
             else:
                 if self.check:
                     self.check(row["version"])
                 changed.append((place, row, item))
         return new, changed
+
+    def write(self, new: list[Entry], changed: list[tuple[Place, Item, Item]]) -> None:
+        if new:
+            plain = len(new) == 1 and SHAPES.keys().isdisjoint(new[0][1])
+            highest = self.highest(alone=plain)
+            self.ids += self.store._insert(self.tx, new, highest)
+        for _, row, item in changed:
+            self.store._update(self.tx, row, item)
+            self.ids.append(row["id"])
+        self.counts["created"] += len(new)
+        self.counts["replaced"] += len(changed)
 
     def refuse_taken_mail(
         self, new: list[Entry], changed: list[tuple[Place, Item, Item]]
@@ -2450,7 +2411,7 @@ class Saving:
         The addresses of the users that are written are free for one another, so that
         two may swap theirs.
         """
-        db, taken = self.store._writer(), set()
+        db, taken = self.tx.writer(), set()
         for _, row, item in changed:
             if "mail" in item:
                 sql = "UPDATE users SET mail_fold = '' WHERE user_id = ?"
@@ -2461,7 +2422,7 @@ class Saving:
             if mail and (mail in taken or db.execute(sql, (mail,)).fetchone()):
                 if self.conflict == "skip":
                     new.remove((place, item))
-                    self.saved.skipped.append(0)
+                    self.counts["skipped"] += 1
                 else:
                     self.faults.add(place, "mail", "is taken", 409)
             taken.add(mail)
@@ -2476,7 +2437,11 @@ def insert_sql(into: str, rows: int, width: int) -> str:
 
 def written_members(item: Item) -> tuple[str, ...]:
     """The members of a new user that the log names."""
-    return tuple(filter(item.get, LOGGED))
+    names = REQUIRED
+    for name in OPTIONAL:
+        if item.get(name):
+            names += (name,)
+    return names
 
 
 @functools.lru_cache(maxsize=256)
@@ -2484,21 +2449,26 @@ def list_json(names: tuple[str, ...]) -> str:
     return to_json(names).decode()
 
 
-def batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+def show_change(row: Sequence[Any]) -> Item:
+    """A row of the log as /api/changes shows it."""
+    return {**dict(zip(CHANGE, row)), "fields": json.loads(row[-1])}
+
+
+def batches(entries: Iterable[Any]) -> Iterator[list[Any]]:
     entries = iter(entries)
     while batch := list(itertools.islice(entries, BATCH)):
         yield batch
 
 
-def number_rows(rows: Iterable[Item], last: int) -> int:
-    """Give each row that has none the next number; the last number given out."""
+def number_rows(rows: Iterable[Item], last: int, what: str = "number") -> int:
+    """Give each row that has no id the next one; the last that was given out."""
     for row in rows:
         last = max(last, row.get("id", 0))
     for row in rows:
         if "id" not in row:
             last = row["id"] = last + 1
-    if last > MAX_ID:
-        raise Problem(409, "there is no number left")
+            if last > MAX_ID:
+                raise Problem(409, f"there is no {what} left")
     return last
 
 
@@ -2512,11 +2482,11 @@ def check_rows(
     """The rows to be written, given those that are there, and what is wrong."""
     needs_id = number is None and how != "create"
     checker = find_checker(shape, shape.names, how == "merge", needs_id=needs_id)
-    faults, seen, rows = Faults(), Seen(), []
+    faults, rows, seen = Faults(), [], set[int]()
     for place, item in entries:
         row = checker.check(place, item, faults, number or 0)
         found = row.get("id")
-        if found and not seen.add(found):
+        if found in seen:
             faults.add(place, "id", "stands twice")
         elif how == "create" and found in there:
             faults.add(place, "id", "is taken", 409)
@@ -2526,6 +2496,8 @@ def check_rows(
             row = {**there[found], **row}
             checker.require_one(place, row, faults)
         rows.append(row)
+        if found:
+            seen.add(found)
     return rows, faults
 
 
@@ -2676,8 +2648,11 @@ class PostgresStore(Store):
     def _connect(self) -> Any:
         return Postgres(self.path)
 
-    def _insert_many(self, db: Any, into: str, rows: Iterable[Sequence[Any]]) -> None:
-        db.execute(f"COPY {into} FROM STDIN", rows)
+    def _insert_rows(self, db: Any, into: str, rows: Sequence[Sequence[Any]]) -> None:
+        if len(rows) > 1:
+            db.execute(f"COPY {into} FROM STDIN", rows)
+        else:
+            super()._insert_rows(db, into, rows)
 
     def backup(self, path: str, progress: Callable[[int, int], None]) -> None:
         raise Problem(503, "backup copies a file: for PostgreSQL there is pg_dump")
@@ -3302,8 +3277,7 @@ def save_users(call: Call) -> Answer:
     if imports:
         return import_body(call, saving)
     items, one = read_items(call)
-    saved = saving.save([items])
-    ids = [*saved.created, *saved.replaced]
+    ids = saving.save([items]).ids
     users = [call.store.show_user(id, call.members) for id in ids]
     texts = (text for text, _ in users)
     if one and users:
@@ -3314,7 +3288,7 @@ def save_users(call: Call) -> Answer:
 def import_body(call: Call, saving: Saving) -> Answer:
     """Import CSV or NDJSON; the users are counted, and not shown."""
     items = read_batches(io.BytesIO(call.body), call.takes, call.refuse_many)
-    counts = saving.save(items).counts()
+    counts = saving.save(items).counts.items()
     return acknowledge(call, "".join(f', "{n}": {count}' for n, count in counts))
 
 
@@ -4270,7 +4244,7 @@ def answer_of(found: Operation, form: str) -> Item:
     if "count" in found.params:
         members["total"] = COUNT
     if CSV in found.takes:  # an import is counted
-        members.update(dict.fromkeys(Saved._fields, COUNT))
+        members.update(dict.fromkeys(COUNTED, COUNT))
         schema["required"].remove("results")
     return {"schema": schema, "example": sample}
 
@@ -6132,12 +6106,12 @@ def run_import(
             store.do_without_log()
             members = members_in(media, "v2")
             keeps = (*KEPT, "version")  # who moves a database moves its ETags
-            saving = Saving(store, "create", members, conflict=conflict, keeps=keeps)
             with store.transaction(keep=not dry_run), contextlib.ExitStack() as after:
                 gc.disable()  # to look for cycles, of which there are none, takes 1/8
                 after.callback(gc.enable)
-                saved = saving.save(read_batches(source, media, watch))
-    print(", ".join(f"{count} {name}" for name, count in saved.counts()))
+                how = Saving(store, "create", members, conflict=conflict, keeps=keeps)
+                saved = how.save(read_batches(source, media, watch))
+    print(", ".join(f"{count} {name}" for name, count in saved.counts.items()))
 
 
 def guess_format(source: Any, path: str) -> str:
