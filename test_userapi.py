@@ -2026,6 +2026,19 @@ def test_unique_mail(connect):
     assert connect()("POST /api/user", chans).status_int == 201, "where it is off again"
 
 
+def test_a_command_leaves_unique_mail_as_the_server_has_it(command, connect, tmp_path):
+    """Else one that is not told of it would undo it, and the next start be refused."""
+    again = tmp_path / "again.csv"
+    again.write_text(f"name,mail\nA,{ZOE['mail'].upper()}\n")
+    connect(unique_mail=True)
+    status, _, err = command("import", again)
+    assert status == 1 and "is taken" in err
+    assert command("check")[0] == 0
+    connect()
+    assert command("import", again)[0] == 0, "the server has it no more"
+    assert command("import", again, "--unique-mail")[0] == 1, "nor could have it"
+
+
 def test_unique_mail_over_duplicates_is_refused_with_their_ids(connect, db, capfd):
     twin = {"id": 77, "name": "Twin", "mail": "LATE@example.org"}
     client = connect()

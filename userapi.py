@@ -1212,7 +1212,8 @@ class Database:
     """A SQLite file: how it is opened, read, written to and kept.
 
     `on_change` is called with each change (a dict as /api/changes shows it) once it is
-    committed. Methods raise Problem and may be called from any thread.
+    committed. `unique_mail` may be None: as the database has it. Methods raise Problem
+    and may be called from any thread.
     """
 
     migrations: tuple[tuple[str, ...], ...] = MIGRATIONS
@@ -1229,7 +1230,7 @@ class Database:
     def __init__(
         self,
         path: str = "users.db",
-        unique_mail: bool = False,
+        unique_mail: bool | None = False,
         keep_changes: int = 100_000,
         on_change: Callable[[Item], None] | None = None,
     ) -> None:
@@ -1404,6 +1405,8 @@ class Database:
                     declared = f"{field.column} TEXT NOT NULL DEFAULT ''"
                     yield f"ALTER TABLE {table} ADD COLUMN {declared}"
         unique = ("users_unique_mail",) in db.execute(NAMES_SQL).fetchall()
+        if self.unique_mail is None:
+            self.unique_mail = unique
         if self.unique_mail and not unique:
             refuse_shared_mail(db)
             yield (
@@ -3777,7 +3780,7 @@ class UserAPI:
         **settings: Any,
     ) -> None:
         self.settings = Settings({"db": db, **settings})
-        self.store = open_store(self.settings, on_change)
+        self.store = open_store(self.settings, self.settings.unique_mail, on_change)
         self.guard = Guard(self.settings, self.store, open)
         self.metrics = Metrics()
         self.kept: dict[Any, tuple[int, Body, Headers]] = {}  # short lists
@@ -3945,13 +3948,13 @@ class UserAPI:
 
 
 def open_store(
-    settings: Settings, on_change: Callable[[Item], None] | None = None
+    settings: Settings,
+    unique_mail: bool | None,
+    on_change: Callable[[Item], None] | None = None,
 ) -> Store:
     """The store that the settings describe; problems name its path. SettingError."""
     try:
-        return Store(
-            settings.db, settings.unique_mail, settings.keep_changes, on_change
-        )
+        return Store(settings.db, unique_mail, settings.keep_changes, on_change)
     except Problem as problem:
         told = f"{show_db(settings.db)}: {problem.detail}"
         if why := problem.__cause__ and problem.__cause__.__cause__:  # PostgreSQL's
@@ -6046,15 +6049,16 @@ def run_serve(**given: Any) -> None:
 def open_given(
     given: Item, makes: bool = False, keeps: bool = True
 ) -> contextlib.closing[Store]:
-    """The store that a command works on. Where it is missing, it `makes` one (in memory
-    if it keeps nothing), or it is a Problem 404."""
+    """The store that a command works on, whose addresses stay unique if a server had
+    them so. Where it is missing, it `makes` one (in memory if it keeps nothing), or it
+    is a Problem 404."""
     settings = Settings(given)
     if is_missing(settings.db):
         if not makes:
             raise Problem(404, f"{settings.db}: there is no such database")
         if not keeps:
             settings.update({"db": ":memory:"})
-    return contextlib.closing(open_store(settings))
+    return contextlib.closing(open_store(settings, settings.unique_mail or None))
 
 
 class Progress:
