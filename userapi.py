@@ -583,17 +583,15 @@ class Faults:
         self.errors: list[Item] = []
         self.statuses: set[int] = set()
 
-    def add(
-        self, place: Place, member: str | None, detail: str, status: int = 422
-    ) -> None:
+    def add(self, at: Place, name: str | None, detail: str, status: int = 422) -> None:
         """Add a fault of a member of the item at a place; None is all of the item."""
         if not self.total:
-            where = f"line {place.line}" if place.line else "the item"
-            self.first = f"{where if member is None else member} {detail}"
+            where = f"line {at.line}" if at.line else "the item"
+            self.first = f"{where if name is None else name} {detail}"
         self.total += 1
         self.statuses.add(status)
         if len(self.errors) < self.most:
-            self.errors.append(place.fault(member, detail))
+            self.errors.append(at.fault(name, detail))
 
     def raise_worst(self, *among: int) -> None:
         """Raise Problem 422, else 404, else 409, where there were faults."""
@@ -670,23 +668,22 @@ class Checker:
         if self.one_of and not any(given):
             faults.add(place, None, f"needs {' or '.join(self.one_of)}")
 
-    def check_rows(
-        self, place: Place, name: str, value: Any, faults: Faults
-    ) -> list[Item]:
-        if value is None and self.partial:
+    def check_rows(self, place: Place, name: str, rows: Any, faults: Faults) -> Any:
+        """The rows in a list as they are stored."""
+        if rows is None and self.partial:
             return []
-        if not isinstance(value, list):
+        if not isinstance(rows, list):
             raise ValueError("is not a list")
-        if len(value) > MAX_ROWS:
+        if len(rows) > MAX_ROWS:
             raise ValueError(f"has more than {MAX_ROWS} entries")
-        rows: list[Item] = []
+        stored: list[Item] = []
         first: dict[int, Place] = {}
-        for index, item in enumerate(value):
+        for index, item in enumerate(rows):
             at = Place(f"{place.pointer}/{name}/{index}", place.line)
-            rows.append(row := self.lists[name].check(at, item, faults))
+            stored.append(row := self.lists[name].check(at, item, faults))
             if "id" in row and first.setdefault(row["id"], at) is not at:
                 faults.add(at, "id", "stands twice")
-        return rows
+        return stored
 
 
 def refuse_member(value: Any) -> Any:
@@ -2804,8 +2801,8 @@ class Operation:
         run: Callable[[Call], Answer],
         summary: str,
         params: Names = (),
-        takes: Names = (),
         answers: Names = (JSON,),
+        takes: Names = (),
         shape: Shape = USER,
     ) -> None:
         self.name, self.method, self.path = name, method, path
@@ -3010,8 +3007,7 @@ def read_items(call: Call) -> tuple[list[Entry], bool]:
 
 
 def bad_envelope(detail: str) -> Problem:
-    fault = Place("#").fault(None, detail)
-    return Problem(422, "the envelope is not valid", [fault])
+    return Problem(422, "the envelope is not valid", [Place("#").fault(None, detail)])
 
 
 BOM = b"\xef\xbb\xbf"
@@ -3156,13 +3152,11 @@ CHUNKS = {JSON: json_chunks, NDJSON: ndjson_chunks, CSV: csv_chunks}
 JOINTS = {JSON: ", ", NDJSON: "\n", CSV: ""}
 
 
-def read_pages(
-    store: Store, media: str, members: Names, query: Query
-) -> Iterator[Page]:
-    """Users in the form that this format's chunks are made of."""
-    select = view_sql(members)
+def read_pages(store: Store, media: str, names: Names, query: Query) -> Iterator[Page]:
+    """Users, with these members, in the form that the format's chunks are made of."""
+    select = view_sql(names)
     if media == CSV:
-        select = ", ".join(cell_sql(USER.by_name[name]) for name in members)
+        select = ", ".join(cell_sql(USER.by_name[name]) for name in names)
     return store.pages(select, query, JOINTS[media])
 
 
@@ -3440,14 +3434,13 @@ def row_operations(shape: Shape) -> tuple[Operation, ...]:
 
 
 OPERATIONS = (
-    Operation("list_users", "GET", "/user", list_users, LIST, FIND, answers=ALL),
-    Operation("list_users_of_old", "GET", "/user/0", list_users, LIST, FIND,
-        answers=ALL),
+    Operation("list_users", "GET", "/user", list_users, LIST, FIND, ALL),
+    Operation("list_users_of_old", "GET", "/user/0", list_users, LIST, FIND, ALL),
     Operation("get_user", "GET", "/user/<id:id>", get_user,
-        "One user.", ("fields", "format"), answers=ALL),
+        "One user.", ("fields", "format"), ALL),
     Operation("create_user", "POST", "/user", save_users,
         "Create a user, or many; CSV and NDJSON are imported, and their users counted.",
-        ("conflict",), ALL),
+        ("conflict",), takes=ALL),
     Operation("replace_users", "PUT", "/user", save_users,
         "Replace name and mail of each of the items' users."),
     Operation("merge_users", "PATCH", "/user", save_users,
@@ -3463,7 +3456,7 @@ OPERATIONS = (
     *(operation for shape in SHAPES.values() for operation in row_operations(shape)),
     Operation("list_changes", "GET", "/changes", list_changes,
         "Who changed which members of whom; as server-sent events it stays open.",
-        ("since", "limit"), answers=(JSON, EVENTS)),
+        ("since", "limit"), (JSON, EVENTS)),
     Operation("get_page", "GET", "/", lambda call: page(call), "The admin page.",
         answers=(HTML,)),
     Operation("get_reference", "GET", "/docs", lambda call: reference(call.prefix),
@@ -6230,9 +6223,8 @@ COMMANDS: dict[str, tuple[str, Callable[..., int | None], Item]] = {
 def build_parser() -> Any:
     import argparse
 
-    parser = argparse.ArgumentParser(
-        "userapi", description="Users over REST, out of one file.", allow_abbrev=False
-    )
+    about = "Users over REST, out of one file."
+    parser = argparse.ArgumentParser("userapi", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (told, _, arguments) in COMMANDS.items():
