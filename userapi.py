@@ -729,9 +729,8 @@ def read_columns(line: int, header: list[str], rows: list[Any]) -> Columns | Non
     columns = dict(zip(header, zip(*rows)))
     for name, cells in columns.items():
         text = "\n".join(cells) + "\n"
-        if not PLAIN[name].fullmatch(text) or text.count("\n") != len(rows):
-            return None
-        if not is_clean(text):
+        plain = PLAIN[name].fullmatch(text) and text.count("\n") == len(rows)
+        if not plain or not is_clean(text):
             return None
     ids = list(map(int, columns.get("id", ())))
     return Columns(line, ids, columns["name"], columns["mail"])
@@ -2681,8 +2680,6 @@ def members_in(media: str, view: str) -> tuple[str, ...]:
 
 
 class Answer(NamedTuple):
-    """What an operation answers."""
-
     body: Body
     headers: Headers = ()
     media: str = JSON
@@ -2741,39 +2738,32 @@ def read_value(value: str, schema: Item) -> Any:
     return value
 
 
-class Param(NamedTuple):
-    """A query parameter: its JSON Schema, by which it is read, and its purpose."""
-
-    schema: Item
-    help: str
-
-
 def choice(*values: str, **more: str) -> Item:
     return {"type": "string", "enum": list(values), **more}
 
 
 STRING, BOOL = {"type": "string"}, {"type": "boolean"}
-CURSOR = {"type": "string", "format": "cursor"}
 ID_LIST = {"type": "array", "items": ID, "minItems": 1}
-NAMES = {"type": "array", "items": STRING, "minItems": 1}
+NAME_LIST = {"type": "array", "items": STRING, "minItems": 1}
 LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000}
 SINCE = {"type": "integer", "minimum": 0, "maximum": MAX_ID}
 SORT_NAMES = [*SORTS, *(f"-{name}" for name in SORTS)]
 CONFLICT = choice("fail", "skip", "replace", default="fail")
-PARAMS = {
-    "limit": Param(LIMIT, "At most so many; the answer has `next`."),
-    "after": Param(CURSOR, "The cursor out of `next`."),
-    "count": Param(BOOL, "Add `total`, the number of all that match."),
-    "q": Param(STRING, "Part of a name or mail, ignoring case."),
-    "name": Param(STRING, "Exactly this name."),
-    "mail": Param(STRING, "This mail address, ignoring case."),
-    "id": Param(ID_LIST, "These ids, by commas."),
-    "sort": Param(choice(*SORT_NAMES), "The order; a leading - turns it round."),
-    "fields": Param(NAMES, "Only these members, by commas."),
-    "format": Param(choice(*FORMATS), "The format; beats Accept."),
-    "conflict": Param(CONFLICT, "What is done about an id that is taken."),
-    "dry_run": Param(BOOL, "Do everything but keep it."),
-    "since": Param(SINCE, "Only changes after this seq."),
+#: query parameter: (its JSON Schema, by which it is read; its purpose)
+PARAMS: dict[str, tuple[Item, str]] = {
+    "limit": (LIMIT, "At most so many; the answer has `next`."),
+    "after": ({"type": "string", "format": "cursor"}, "The cursor out of `next`."),
+    "count": (BOOL, "Add `total`, the number of all that match."),
+    "q": (STRING, "Part of a name or mail, ignoring case."),
+    "name": (STRING, "Exactly this name."),
+    "mail": (STRING, "This mail address, ignoring case."),
+    "id": (ID_LIST, "These ids, by commas."),
+    "sort": (choice(*SORT_NAMES), "The order; a leading - turns it round."),
+    "fields": (NAME_LIST, "Only these members, by commas."),
+    "format": (choice(*FORMATS), "The format; beats Accept."),
+    "conflict": (CONFLICT, "What is done about an id that is taken."),
+    "dry_run": (BOOL, "Do everything but keep it."),
+    "since": (SINCE, "Only changes after this seq."),
 }
 
 
@@ -4031,7 +4021,7 @@ def read_query(source: str, known: tuple[str, ...]) -> Item:
                 raise ValueError("is no parameter here")
             if name in values:
                 raise ValueError("stands twice")
-            values[name] = read_value(value, PARAMS[name].schema)
+            values[name] = read_value(value, PARAMS[name][0])
         except ValueError as fault:
             faults.append((name.encode(errors="replace").decode(), str(fault)))
     if faults:
@@ -4076,9 +4066,9 @@ NARROWED: dict[tuple[str, str], Item] = {
 }
 #: the headers that operations read
 HEADERS = {
-    "If-Match": Param({**GIVEN, "if": {"const": "*"}}, "The user's ETag; else a 412."),
-    "If-None-Match": Param(STRING, "The ETag that is known; then a 304."),
-    "Last-Event-ID": Param(SINCE, "The seq of the last event had."),
+    "If-Match": ({**GIVEN, "if": {"const": "*"}}, "The user's ETag; else a 412."),
+    "If-None-Match": (STRING, "The ETag that is known; then a 304."),
+    "Last-Event-ID": (SINCE, "The seq of the last event had."),
 }
 
 
@@ -4262,7 +4252,7 @@ def responses_of(found: Operation, form: str) -> Item:
 def parameters_of(found: Operation, path: str, form: str) -> Iterator[Item]:
     """The parameters of an operation: of its path, its query and its header."""
     id = {**ID, "minimum": 0} if found.name == "get_user" else ID  # 0 are all users
-    told = [("path", n, Param(id, f"The {n}.")) for n in re.findall("{(.+?)}", path)]
+    told = [("path", n, (id, f"The {n}.")) for n in re.findall("{(.+?)}", path)]
     told += [("query", name, PARAMS[name]) for name in found.params]
     told += [("header", n, HEADERS[n]) for n in follows(found) if n in HEADERS]
     for place, name, (schema, help) in told:
