@@ -663,6 +663,10 @@ REFUSED_SETTINGS = [
     {"max_body": 0},
     {"token": "two words"},
     {"token": "täg"},
+    {"host": "\udcff"},
+    {"host": ""},
+    {"cors": "https://example.org:443"},
+    {"cors": "https://münchen.example"},
     {"cert": "only-half.pem"},
     {"trusted_proxy": "nonsense"},
     {"token_file": "/nowhere/token"},
@@ -673,6 +677,11 @@ REFUSED_SETTINGS = [
 def test_a_setting_that_cannot_be_is_refused_by_name(db, setting):
     with pytest.raises((Problem, ValueError, TypeError), match=next(iter(setting))):
         UserAPI(db=str(db), **setting)
+
+
+def test_a_token_may_be_bytes(connect):
+    client = connect(token=TOKEN.encode())
+    assert client("GET /api/user/1", headers=bearer(TOKEN)).status_int == 200
 
 
 def test_an_empty_token_file_is_refused(db, tmp_path):

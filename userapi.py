@@ -120,7 +120,8 @@ class Setting(NamedTuple):
 SETTINGS = (
     Setting("db", "users.db", "path of the SQLite file, :memory:, or postgresql://…",
         "(?s).+", "needs a path"),
-    Setting("host", "127.0.0.1", "address to listen on; :: is all, IPv4's too"),
+    Setting("host", "127.0.0.1", "address to listen on; :: is all, IPv4's too",
+        "[!-~]+", "is an address, or a name in ASCII"),
     Setting("port", 8080, "port to listen on; 0 picks a free one"),
     Setting("unix", "", "path of a Unix socket to listen on instead"),
     Setting("cert", "", "TLS certificate chain (PEM file); goes with key"),
@@ -131,7 +132,8 @@ SETTINGS = (
     Setting("allow_host", (), "names that the Host header may have, by commas",
         r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", "takes names without ports"),
     Setting("cors", (), "origins whose pages may call the API, by commas",
-        r"[a-z][a-z0-9+.-]*://[^/\s]+", "takes origins like https://example.org"),
+        r"(?!(?:http://.*:80|https://.*:443)$)[a-z][a-z0-9+.-]*://[!-.0-~]+",
+        "takes origins as browsers send them, like https://example.org"),
     Setting("trusted_proxy", (),
         "addresses or networks whose X-Forwarded-* is believed"),
     Setting("unique_mail", False, "refuse a mail address that another user has"),
@@ -213,7 +215,7 @@ def convert(name: str, default: Any, value: Any) -> Any:
     if isinstance(default, tuple):
         parts = value.split(",") if isinstance(value, str) else value
         return tuple(part.strip().lower().rstrip("/") for part in parts if part.strip())
-    return str(value)
+    return os.fsdecode(value) if isinstance(value, bytes) else str(value)
 
 
 def read_token(path: str) -> str:
