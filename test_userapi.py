@@ -5849,6 +5849,21 @@ def test_a_backup_goes_to_no_place_where_a_log_stands(command, tmp_path, end):
     assert not target.exists() and beside.read_bytes() == b"of another"
 
 
+@of_files("the rights of its file")
+@pytest.mark.skipif(sys.platform == "win32", reason="has other rights")
+@pytest.mark.parametrize("argv", [["backup"], ["export", "--format", "csv"]], ids=str)
+def test_what_comes_out_of_it_is_no_more_open_than_the_database(command, db, argv):
+    target, link = db.parent / "target", db.parent / "link"
+    link.symlink_to(target)
+    db.chmod(0o600)
+    for mode in (0o600, 0o640, 0o600):
+        assert command(*argv, link)[0] == 0
+        assert link.is_symlink() and target.stat().st_size > 100
+        assert target.stat().st_mode & 0o777 == mode
+        target.chmod({0o600: 0o640, 0o640: 0o400}[mode])
+    assert not [path for path in db.parent.iterdir() if path.suffix == ".part"]
+
+
 @of_files("a file that could be written over")
 @pytest.mark.parametrize("argv", [["backup"], ["export", "--format", "csv"]], ids=str)
 def test_the_database_is_not_written_over_by_what_comes_out_of_it(command, db, argv):

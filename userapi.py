@@ -1192,11 +1192,17 @@ def refuse_shared_mail(db: sqlite3.Connection) -> None:
 @contextlib.contextmanager
 def whole_file(path: str, db: str) -> Iterator[str]:
     """The name of a file to write, which becomes `path` when it is whole, or never. The
-    database itself, which it comes from, it is not: Problem 409."""
-    if os.path.realpath(path) == os.path.realpath(db):
+    database itself, which it comes from, it is not: Problem 409. It has the rights of
+    the file that it replaces, if there is one, else the database's."""
+    path, mode = os.path.realpath(path), 0o666
+    if path == os.path.realpath(db):
         raise Problem(409, f"{path}: is the database itself")
+    for like in (db, path):
+        with contextlib.suppress(OSError):
+            mode = os.stat(like).st_mode & 0o666 | 0o600
     part = f"{path}.{os.getpid()}.part"
     try:
+        os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, mode))
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
