@@ -2706,9 +2706,8 @@ def read_cursor(value: str) -> tuple[str, Any, int]:
         padded = value + "=" * (-len(value) % 4)
         sort, key, id = json.loads(base64.b64decode(padded, b"-_", validate=True))
         by_id = SORTS[sort.lstrip("-")] == "user_id"
-        if type(id) is not int or abs(id) >= 2**63 or by_id and key != id:
-            raise ValueError
-        if type(key) is not (int if by_id else str):
+        kinds = (int if by_id else str), int
+        if (type(key), type(id)) != kinds or abs(id) >= 2**63 or by_id and key != id:
             raise ValueError
         exact_bytes(key)
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
@@ -3178,20 +3177,15 @@ def show_saved(
 
 
 def list_users(call: Call) -> Answer:
-    """Users, page by page or all of them.
-
-    A short answer is kept for whoever asks the same before the next change, as lists
-    are read far more often than users change.
-    """
+    """Users; a short answer is kept for whoever asks the same before the next change,
+    as lists are read far more often than users change."""
     query, seq, kept = make_query(call), call.store.last_seq(), call.app.kept
     key = (call.uri(""), call.environ.get("QUERY_STRING"), call.media)
     since, body, headers = kept.get(key, (None, b"", ()))
     if since != seq:
         body, headers = show_users(call, query)
         if isinstance(body, bytes) and len(body) < 16384:
-            kept[key] = seq, body, headers
-            if len(kept) > 100:
-                drop_eldest(kept)
+            remember(kept, key, (seq, body, headers), 100)
     return call.tagged(body, f'W/"{seq}"', headers)
 
 
@@ -3222,10 +3216,11 @@ def show_users(call: Call, query: Query) -> tuple[Body, Headers]:
     return b"".join(chunks) if few else chunks, headers
 
 
-def drop_eldest(kept: dict[Any, Any]) -> None:
-    """Away with the first entry, whatever other threads do with the rest."""
-    for key in list(kept)[:1]:
-        kept.pop(key, None)
+def remember(kept: dict[Any, Any], key: Any, value: Any, most: int) -> None:
+    """Add an entry; of too many the first goes, whatever other threads do."""
+    kept[key] = value
+    for eldest in list(kept)[:1] if len(kept) > most else ():
+        kept.pop(eldest, None)
 
 
 def next_cursor(store: Store, query: Query, page: Page) -> str | None:
@@ -3642,9 +3637,7 @@ class Guard:
         now = time.monotonic()
         times = [at for at in self.failures.pop(address, ()) if now - at < 60]
         tried = len(times)
-        self.failures[address] = times  # at the end, so that the eldest stands first
-        if len(self.failures) > 1000:
-            drop_eldest(self.failures)
+        remember(self.failures, address, times, 1000)  # at the end: the eldest is first
         if tried >= 10:
             after = [("Retry-After", str(int(61 - (now - times[0]))))]
             return Problem(429, "too many wrong tokens", headers=after)
@@ -4373,11 +4366,9 @@ def postman_call(method: str, path: str, told: Item, id: str = "{{user}}") -> It
     url: Item = {"host": ["{{baseUrl}}"], "path": at[1:].split("/"), "query": query}
     needed = "".join(f"?{pair['key']}={own}" for pair in query if pair["value"])
     url["raw"] = "{{baseUrl}}" + at + needed
-    answers = ", ".join(told["responses"])
-    request = {
-        "method": method.upper(), "url": url, "header": header,
-        "description": f"{told['summary']} Answers {answers}.",
-    }  # fmt: skip
+    about = f"{told['summary']} Answers {', '.join(told['responses'])}."
+    request = {"method": method.upper(), "url": url, "header": header}
+    request["description"] = about
     if "requestBody" in told:
         media, content = next(iter(told["requestBody"]["content"].items()))
         header.append({"key": "Content-Type", "value": media})
@@ -4842,7 +4833,6 @@ def form_sheet(shape: Shape) -> str:
 
 
 def page(call: Call) -> Answer:
-    """The admin page."""
     path, sheets = html.escape(call.prefix), map(form_sheet, (USER, *SHAPES.values()))
     kinds = "open" * (call.actor is None) + " reader" * (call.role != "admin")
     about = f'data-base="{path}" data-seq="{call.store.last_seq()}" class="{kinds}"'
