@@ -610,15 +610,15 @@ class Faults:
 class Checker:
     """How the items of a shape are checked; what is wrong is added to `faults`.
 
-    `members` are the names that may be sent; with `partial` only what is sent is
-    checked (a merge); `keeps` names what is kept though it is read-only (an import);
-    with `needs_id` each item has to name its own.
+    `members` are the names that may be sent (all, if there are none); with `partial`
+    only what is sent is checked (a merge); `keeps` names what is kept though it is
+    read-only (an import); with `needs_id` each item has to name its own.
     """
 
     def __init__(
         self,
         shape: Shape,
-        members: Names,
+        members: Names = (),
         partial: bool = False,
         keeps: Names = (),
         needs_id: bool = False,
@@ -626,14 +626,12 @@ class Checker:
         self.partial, self.one_of = partial, shape.one_of
         #: what gives a member's value as it is stored; None for what is not stored
         self.rules: dict[str, Callable[[Any], Any] | None] = {}
-        self.lists: dict[str, Checker] = {}
-        for field in (shape.by_name[name] for name in members):
+        fields = [shape.by_name[name] for name in members or shape.names]
+        for field in fields:
             wanted = not (field.rows or field.read_only) or field.name in keeps
             self.rules[field.name] = field.rule(partial) if wanted else None
-            if field.rows:
-                below = SHAPES[field.rows]
-                self.lists[field.name] = Checker(below, below.names)
-        written = [] if partial else [f for f in shape.columns if f.name in members]
+        self.lists = {f.name: Checker(SHAPES[f.rows]) for f in fields if f.rows}
+        written = [] if partial else [f for f in fields if f in shape.columns]
         self.required = [field.name for field in written if field.required]
         self.required += ["id"] * needs_id
         self.empty: Item = {f.name: "" for f in written if not f.required}
