@@ -2043,8 +2043,7 @@ def test_a_command_leaves_unique_mail_as_the_server_has_it(command, connect, tmp
     status, _, err = command("import", again)
     assert status == 1 and "is taken" in err
     assert command("check")[0] == 0
-    connect()
-    assert command("import", again)[0] == 0, "the server has it no more"
+    assert command("import", again, "--no-unique-mail")[0] == 0, "but one that is told"
     assert command("import", again, "--unique-mail")[0] == 1, "nor could have it"
 
 
@@ -5575,6 +5574,14 @@ def test_every_setting_is_a_flag(capfd):
         assert (flag in out) or setting.name == "token", flag
     assert "--token-file" in out
     assert not re.search(r"--token[ =,\]]", out)
+
+
+def test_a_flag_beats_the_variable_of_what_is_true(command, monkeypatch, tmp_path):
+    again = tmp_path / "again.csv"
+    again.write_text(f"name,mail\nA,{ZOE['mail']}\n")
+    monkeypatch.setenv("USERAPI_UNIQUE_MAIL", "yes")
+    assert command("import", again)[0] == 1
+    assert command("import", again, "--no-unique-mail")[0] == 0
 
 
 def test_a_flag_beats_the_variable(capfd, db, monkeypatch, tmp_path):

@@ -6037,7 +6037,8 @@ def open_given(
             raise Problem(404, f"{settings.db}: there is no such database")
         if not keeps:
             settings.update({"db": ":memory:"})
-    return contextlib.closing(open_store(settings, settings.unique_mail or None))
+    unique_mail = settings.unique_mail or given["unique_mail"]
+    return contextlib.closing(open_store(settings, unique_mail))
 
 
 class Progress:
@@ -6224,10 +6225,14 @@ def build_parser() -> Any:
 
 
 def add_settings(parser: Any, names: Names) -> None:
+    import argparse
+
     for name, default, told, *_ in SETTINGS:
         flag = f"--{name.replace('_', '-')}"
         if name in names and isinstance(default, bool):
-            parser.add_argument(flag, action="store_true", default=None, help=told)
+            # with --no-… as well: a flag beats the variable
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(flag, action=action, help=told)
         elif name in names:
             meaning = f"{told} ({default})" if default else told
             parser.add_argument(flag, metavar=name.upper(), help=meaning)
