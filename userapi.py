@@ -697,8 +697,8 @@ find_checker = functools.lru_cache(maxsize=64)(Checker)
 def is_clean(text: str) -> bool:
     """Whether lines of text hold nothing that clean_name() looks at more closely."""
     normal = text.isascii() or unicodedata.is_normalized("NFC", text)
-    seen = text.isascii() or INVISIBLE.isdisjoint(text)
-    return normal and seen and text.replace("\n", "").isprintable()
+    visible = text.isascii() or INVISIBLE.isdisjoint(text)
+    return normal and visible and text.replace("\n", "").isprintable()
 
 
 class Columns:
