@@ -4546,6 +4546,11 @@ def test_a_trusted_proxy_says_who_asks(connect):
     assert wrong("8.8.8.8", {}) == 429
     spoofed = {"X-Forwarded-For": "8.8.8.8, 9.9.9.9"}
     assert wrong("10.0.0.1", spoofed) == 401
+    for port in range(5):
+        assert wrong("10.0.0.1", {"X-Forwarded-For": f"8.8.8.8:{port}"}) == 429
+    for hop in ("2001:db8::1", "[2001:db8::1]", "[2001:db8::1]:5") * 4:
+        status = wrong("10.0.0.1", {"X-Forwarded-For": f"{hop}, 10.0.0.2:4"})
+    assert status == 429, "a port is no part of the address"
     assert wrong("7.7.7.7", FORWARDED) == 401
     assert wrong("10.0.0.1", {}) == 401
 

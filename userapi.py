@@ -3473,6 +3473,7 @@ LOCAL_HOST = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 PORT = re.compile(r"\.?(?::\d*)?$")
+HOP_PORT = re.compile(r"^(?:\[(.*)\](?::\d+)?|([^:]*):\d+)$")  # as Azure has it
 QUOTED = re.compile(r'"(?:\\.|[^"\\])*"')  # values of parameters other than q
 BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
 POLICY = "default-src 'none'; frame-ancestors 'none'"
@@ -3664,7 +3665,8 @@ class Guard:
         """Take over what a trusted proxy says of the client (X-Forwarded-*)."""
         if not self.is_trusted(environ.get("REMOTE_ADDR", "")):
             return
-        hops = environ.get("HTTP_X_FORWARDED_FOR", "").replace(" ", "").split(",")
+        told = environ.get("HTTP_X_FORWARDED_FOR", "").replace(" ", "")
+        hops = [HOP_PORT.sub(r"\1\2", hop) for hop in told.split(",")]
         client = next((hop for hop in reversed(hops) if not self.is_trusted(hop)), "")
         environ["REMOTE_ADDR"] = client or environ["REMOTE_ADDR"]
         for name, variable in (
