@@ -1958,7 +1958,8 @@ class Store(Database):
                 fields.append(name)
         version = self._raise_version(tx, row, sets, tuple(fields))
         for name, rows in there.items():
-            self._drop_rows(tx, SHAPES[name], row["id"], [*rows])
+            if rows:  # PostgreSQL knows no IN ()
+                self._drop_rows(tx, SHAPES[name], row["id"], [*rows])
             self._put_rows(tx, SHAPES[name], [(row["id"], item[name])], version)
 
     def _raise_version(
