@@ -100,6 +100,8 @@ Item = dict[str, Any]
 Headers = Sequence[tuple[str, str]]
 Rows = list[Any]  # of tuples, as SQLite gives them
 Names = tuple[str, ...]  # of members, parameters, media types …
+#: what is asked whether a user of this version may be changed; raises Problem
+Check = Union[Callable[[int], None], None]
 
 # ── Settings ──────────────────────────────────────────────────────────────────────
 
@@ -945,57 +947,43 @@ def cell_sql(field: Field) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def view_sql(members: tuple[str, ...]) -> str:
+def view_sql(members: Names) -> str:
     """The SQL of a user as JSON text with just these members."""
     return object_sql((name, member_sql(USER.by_name[name])) for name in members)
 
 
 @functools.lru_cache(maxsize=256)
-def show_sql(members: tuple[str, ...]) -> str:
+def show_sql(members: Names) -> str:
     return f"SELECT {view_sql(members)}, version FROM users WHERE user_id = ?"
 
 
-TABLES_SQL = (
-    "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
-)
 CHANGE = ("seq", "at", "actor", "op", "user", "fields")
 INTO_CHANGES = 'changes (seq, at, actor, op, "user", fields)'
+CHANGE_SQL = object_sql(
+    (n, text_sql(n) if n in ("at", "actor", "op") else f'"{n}"') for n in CHANGE
+)
 NAMES_SQL = "SELECT name FROM sqlite_master"
 #: the indexes and triggers of users, but those that SQLite makes for itself
 ASIDE_SQL = (
     "SELECT type, name, sql FROM sqlite_master WHERE tbl_name = 'users'"
     " AND type IN ('index', 'trigger') AND sql IS NOT NULL"
 )
-WRITTEN = tuple(field.name for field in USER.columns)
 LASTS = tuple(f"last_{name}" for name in SHAPES)
-REQUIRED = tuple(field.name for field in USER.fields if field.required)
-OPTIONAL = (*(f.name for f in USER.columns if not f.required), *SHAPES)
-#: what a write reads of a user first, and the statement that reads it
-STORED = ("id", "version", *LASTS, *(field.name for field in USER.columns))
-STORED_SQL = (
-    f"SELECT user_id, version, {', '.join(LASTS)},"
-    f" {', '.join(field.column for field in USER.columns)} FROM users"
-)
-#: the columns of a new user, and by which names their values are known
-INSERTED = {"user_id": "id", "version": "version"}
-INSERTED.update({name: name for name in ("created", "updated", *LASTS)})
-INSERTED.update({field.column: field.name for field in USER.columns})
-INSERTED.update(name_fold="name_fold", mail_fold="mail_fold")
+LOGGED = tuple(field.name for field in USER.written)
+REQUIRED = tuple(field.name for field in USER.written if field.required)
+OPTIONAL = tuple(field.name for field in USER.written if not field.required)
+#: columns of users, and by which names their values are known: what a write reads first
+STORED = {"user_id": "id", "version": "version", **{name: name for name in LASTS}}
+STORED.update({field.column: field.name for field in USER.columns})
+STORED_SQL = f"SELECT {', '.join(STORED)} FROM users"
+#: and what a new user has
+ADDED = ("created", "updated", "name_fold", "mail_fold")
+INSERTED = {**STORED, **{name: name for name in ADDED}}
 INTO_USERS = f"users ({', '.join(INSERTED)})"
 inserted_values = operator.itemgetter(*INSERTED.values())
-BLANK = {"version": 1, **dict.fromkeys(LASTS, 0), **dict.fromkeys(WRITTEN, "")}
-INTO_PLAIN = (
-    "users (user_id, user_name, user_mail, name_fold, mail_fold, created, updated,"
-    " version)"
-)
-CHANGE_SQL = object_sql(
-    [
-        ("seq", "seq"),
-        *((name, text_sql(name)) for name in ("at", "actor", "op")),
-        ("user", '"user"'),
-        ("fields", "fields"),
-    ]
-)
+BLANK = {"version": 1, **dict.fromkeys(LASTS, 0), **dict.fromkeys(LOGGED, "")}
+INTO_PLAIN = "users (user_id, user_name, user_mail, name_fold, mail_fold,"
+INTO_PLAIN += " created, updated, version)"
 
 
 class Query(NamedTuple):
@@ -1218,9 +1206,9 @@ class Database:
     and may be called from any thread.
     """
 
-    migrations: tuple[tuple[str, ...], ...] = MIGRATIONS
+    migrations: tuple[Names, ...] = MIGRATIONS
     many = MANY
-    read_only, immutable, wal = False, False, True
+    mode, read_only, wal = "mode=rwc", False, True
     impatient = 0  # the thread that is never to wait for the database
     _group: sqlite3.Connection | None = None
     _group_thread = 0
@@ -1307,7 +1295,8 @@ class Database:
         with contextlib.closing(self._open(mode)) as db:
             ((application,),) = db.execute("PRAGMA application_id")
             ((version,),) = db.execute("PRAGMA user_version")
-            tables = [name for (name,) in db.execute(TABLES_SQL)]
+            made = db.execute(f"{NAMES_SQL} WHERE type = 'table'")
+            tables = [name for (name,) in made if not name.startswith("sqlite_")]
             columns = [row[1] for row in db.execute("PRAGMA table_info(users)")]
             check = "PRAGMA quick_check(1)" if closely else "SELECT 'ok'"
             whole = db.execute(check).fetchall() == [("ok",)]
@@ -1334,8 +1323,7 @@ class Database:
 
     def _connect(self) -> sqlite3.Connection:
         """A connection with the pragmas that DESIGN has reasons for."""
-        mode = "immutable=1" if self.immutable else "mode=ro"
-        db = self._open(mode if self.read_only else "mode=rwc")
+        db = self._open(self.mode)
         if not self.read_only and not self.memory:
             (journal,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
             self.wal = journal == "wal"
@@ -1354,11 +1342,8 @@ class Database:
 
     def _prepare(self) -> sqlite3.Connection:
         """The first connection: it finds out what can be done, and migrates."""
-        for self.read_only, self.immutable in (
-            (False, False),
-            (True, False),
-            (True, True),
-        ):
+        for self.mode in ("mode=rwc", "mode=ro", "immutable=1"):
+            self.read_only = self.mode != "mode=rwc"
             try:
                 db = self._connect()
                 if not self.read_only:
@@ -1369,7 +1354,7 @@ class Database:
             except sqlite3.OperationalError as fault:
                 unwritable = ("readonly", "unable to open", "no such column")
                 known = any(part in str(fault) for part in unwritable)
-                if self.immutable or not self.in_file or not known:
+                if self.mode == "immutable=1" or not self.in_file or not known:
                     raise
         return db
 
@@ -1538,6 +1523,8 @@ class Database:
         """Commit if there is room for it or it frees some, else roll back and raise."""
         room = 0
         try:
+            if tx.fault:
+                raise tx.fault
             if keep and db.in_transaction:
                 self._write_log(db, tx)
                 room = self._require_room(db, tx.frees)
@@ -1560,12 +1547,11 @@ class Database:
             db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         db.execute(f"PRAGMA synchronous = {'FULL' if self.wal else 'EXTRA'}")
 
-    def _insert_rows(self, db: Any, into: str, rows: Sequence[Sequence[Any]]) -> None:
+    def _insert_rows(self, db: Any, into: str, rows: list[tuple[Any, ...]]) -> None:
         """Insert rows, many with one statement: that saves a third of the time."""
         for first in range(0, len(rows), ROWS_AT_ONCE):
             some = rows[first : first + ROWS_AT_ONCE]
-            sql = insert_sql(into, len(some), len(some[0]))
-            db.execute(sql, list(itertools.chain.from_iterable(some)))
+            db.execute(insert_sql(into, len(some), len(some[0])), sum(some, ()))
 
     def _write_log(self, db: sqlite3.Connection, tx: Transaction) -> None:
         """Write what was logged, bound the log, and note the changes to announce."""
@@ -1713,15 +1699,10 @@ class Database:
         db = self._group
         assert db is not None
         try:
-            if self._turn.fault:
-                raise self._turn.fault
             self._turn.frees = self._low  # then each request was asked
             self._commit(db, self._turn, keep=True)
         except DATABASE_FAULTS as fault:
             raise database_problem(fault) from fault
-        finally:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
 
     def announce_group(self) -> None:
         """Tell `on_change` of what the last group kept."""
@@ -1763,7 +1744,7 @@ class Store(Database):
 
     # Reading users
 
-    def show_user(self, id: int, members: tuple[str, ...]) -> tuple[str, int]:
+    def show_user(self, id: int, members: Names) -> tuple[str, int]:
         """A user as JSON text, and its version. Raises Problem 404."""
         found = self.rows(show_sql(members), (id,))
         if not found:
@@ -1881,7 +1862,7 @@ class Store(Database):
         tx.writer()
         marks = ", ".join("?" * len(ids))
         rows = self.rows(f"{STORED_SQL} WHERE user_id IN ({marks})", ids)
-        return {row[0]: dict(zip(STORED, row)) for row in rows}
+        return {row[0]: dict(zip(STORED.values(), row)) for row in rows}
 
     def _insert(
         self, tx: Transaction, new: list[Entry], highest: int
@@ -1890,14 +1871,15 @@ class Store(Database):
         items = [item for _, item in new]
         self._highest = number_rows(items, highest, "id")
         ids, rows, fields = array.array("q"), [], []
-        below: dict[str, list[tuple[int, list[Item]]]] = {}
+        below: dict[str, list[tuple[int, Item]]] = {}
         for item in items:
             row = {**BLANK, "created": tx.now, "updated": tx.now, **item}
             row["name_fold"], row["mail_fold"] = fold(row["name"]), fold(row["mail"])
             for name in SHAPES:
                 if name in item:
                     row[f"last_{name}"] = number_rows(item[name], 0)
-                    below.setdefault(name, []).append((item["id"], item[name]))
+                    pairs = ((item["id"], value) for value in item[name])
+                    below.setdefault(name, []).extend(pairs)
             ids.append(item["id"])
             rows.append(inserted_values(row))
             fields.append(list_json(written_members(item)))
@@ -1938,37 +1920,30 @@ class Store(Database):
             before = max(last.get(item["id"], 0), last.get(0, 0))
             item["version"] = max(item.get("version", 1), before + 1)
 
-    def _update(self, tx: Transaction, row: Item, item: Item) -> None:
-        """Write what the item holds into the user of the row."""
-        sets: Item = {}
-        fields = []
-        for field in USER.columns:
-            if field.name in item:
-                sets[field.column] = item[field.name]
-                if row[field.name] != item[field.name]:
-                    fields.append(field.name)
-        for name in ("name", "mail"):
-            if name in item:
-                sets[f"{name}_fold"] = fold(item[name])
+    def _update(
+        self, tx: Transaction, row: Item, item: Item, check: Check = None
+    ) -> int:
+        """Write what the item holds into the user of the row; its new version."""
         there = {n: self._load_rows(SHAPES[n], row["id"]) for n in SHAPES if n in item}
-        for name, rows in there.items():
+        before = {**row, **{name: [*rows.values()] for name, rows in there.items()}}
+        sets = {f.column: item[f.name] for f in USER.columns if f.name in item}
+        sets.update({f"{n}_fold": fold(item[n]) for n in ("name", "mail") if n in item})
+        for name in there:
             last = f"last_{name}"
             sets[last] = number_rows(item[name], row[last])
-            if list(rows.values()) != item[name]:
-                fields.append(name)
-        version = self._raise_version(tx, row, sets, tuple(fields))
+        fields = tuple(n for n in LOGGED if n in item and before[n] != item[n])
+        version = self._raise_version(tx, row, sets, fields, check)
         for name, rows in there.items():
-            if rows:  # PostgreSQL knows no IN ()
-                self._drop_rows(tx, SHAPES[name], row["id"], [*rows])
-            self._put_rows(tx, SHAPES[name], [(row["id"], item[name])], version)
+            now = {value["id"]: value for value in item[name]}
+            differ = [n for n in {**rows, **now} if rows.get(n) != now.get(n)]
+            if differ:  # PostgreSQL knows no IN ()
+                self._drop_rows(tx, SHAPES[name], row["id"], differ)
+                below = [(row["id"], now[n]) for n in differ if n in now]
+                self._put_rows(tx, SHAPES[name], below, version)
+        return version
 
     def _raise_version(
-        self,
-        tx: Transaction,
-        row: Item,
-        sets: Item,
-        fields: tuple[str, ...],
-        check: Callable[[int], None] | None = None,
+        self, tx: Transaction, row: Item, sets: Item, fields: Names, check: Check
     ) -> int:
         """Update a user, if it still has the row's version, and log it."""
         if check:
@@ -1985,10 +1960,7 @@ class Store(Database):
         return int(row["version"]) + 1
 
     def delete_users(
-        self,
-        ids: Iterable[int],
-        check: Callable[[int], None] | None = None,
-        actor: str | None = None,
+        self, ids: Iterable[int], check: Check = None, actor: str | None = None
     ) -> None:
         """Delete these users with all that is below them, or none: Problem 404."""
         ids = list(ids)
@@ -2027,12 +1999,12 @@ class Store(Database):
         self,
         tx: Transaction,
         shape: Shape,
-        below: Iterable[tuple[int, Iterable[Item]]],
+        below: Iterable[tuple[int, Item]],
         stamp: int,
     ) -> None:
         """Insert rows below users."""
         into = f"user_{shape.name} (user_id, stamp, {', '.join(shape.names)})"
-        rows = [(id, stamp, *shape.values(row)) for id, rows in below for row in rows]
+        rows = [(user, stamp, *shape.values(row)) for user, row in below]
         self._insert_rows(tx.writer(), into, rows)
 
     def _drop_rows(
@@ -2051,7 +2023,7 @@ class Store(Database):
         entries: Sequence[tuple[Place, Any]],
         how: str,
         number: int | None = None,
-        check: Callable[[int], None] | None = None,
+        check: Check = None,
     ) -> tuple[list[int], int]:
         """Create, replace or merge (`how`) rows below a user, all of them or none.
 
@@ -2069,23 +2041,13 @@ class Store(Database):
             faults.raise_worst()
             if how == "create" and len(there) + len(rows) > MAX_ROWS:
                 raise Problem(409, f"{MAX_ROWS} are the most that a user has")
-            last = f"last_{shape.name}"
-            sets = {last: number_rows(rows, row[last])}
-            differ = any(there.get(value["id"]) != value for value in rows)
-            fields = (shape.name,) if differ else ()
-            version = self._raise_version(tx, row, sets, fields, check)
-            numbers = [value["id"] for value in rows]
-            if how != "create":
-                self._drop_rows(tx, shape, user, numbers)
-            self._put_rows(tx, shape, [(user, rows)], version)
-        return numbers, version
+            number_rows(rows, row[f"last_{shape.name}"])
+            there.update((value["id"], value) for value in rows)
+            version = self._update(tx, row, {shape.name: [*there.values()]}, check)
+        return [value["id"] for value in rows], version
 
     def delete_rows(
-        self,
-        user: int,
-        shape: Shape,
-        numbers: Sequence[int],
-        check: Callable[[int], None] | None = None,
+        self, user: int, shape: Shape, numbers: Sequence[int], check: Check = None
     ) -> None:
         """Delete these rows below a user, or none of them: Problem 404."""
         refuse_twice(numbers)
@@ -2098,8 +2060,8 @@ class Store(Database):
             missing = [number for number in numbers if number not in there]
             if missing:
                 raise nothing_there(shape.name, missing)
-            self._raise_version(tx, row, {}, (shape.name,), check)
-            self._drop_rows(tx, shape, user, numbers)
+            left = [value for n, value in there.items() if n not in numbers]
+            self._update(tx, row, {shape.name: left}, check)
 
     # The log, retries, tokens
 
@@ -2256,6 +2218,7 @@ def forget(store: weakref.ref[Database]) -> None:
         found._pool = []
 
 
+Change = tuple[Place, Item, Item]  # where an item stands, its row, and itself
 COUNTED = {"created": 0, "replaced": 0, "skipped": 0}  # items of an import
 
 
@@ -2272,10 +2235,10 @@ class Saving:
         self,
         store: Store,
         how: str,
-        members: tuple[str, ...],
+        members: Names,
         *,
         id: int | None = None,
-        check: Callable[[int], None] | None = None,
+        check: Check = None,
         conflict: str = "fail",
         keeps: Names = (),
     ) -> None:
@@ -2372,12 +2335,10 @@ class Saving:
             self.store._outlive([item for item in named if item["id"] not in there])
         return there
 
-    def sort(
-        self, items: list[Entry]
-    ) -> tuple[list[Entry], list[tuple[Place, Item, Item]]]:
+    def sort(self, items: list[Entry]) -> tuple[list[Entry], list[Change]]:
         """The items that are new, and those that change a row, with that row."""
         new: list[Entry] = []
-        changed: list[tuple[Place, Item, Item]] = []
+        changed: list[Change] = []
         there = self.find_rows(items) if self.seen else {}
         for place, item in items:
             row = there.get(item.get("id", 0))
@@ -2398,7 +2359,7 @@ class Saving:
                 changed.append((place, row, item))
         return new, changed
 
-    def write(self, new: list[Entry], changed: list[tuple[Place, Item, Item]]) -> None:
+    def write(self, new: list[Entry], changed: list[Change]) -> None:
         if new:
             plain = len(new) == 1 and SHAPES.keys().isdisjoint(new[0][1])
             highest = self.highest(alone=plain)
@@ -2409,9 +2370,7 @@ class Saving:
         self.counts["created"] += len(new)
         self.counts["replaced"] += len(changed)
 
-    def refuse_taken_mail(
-        self, new: list[Entry], changed: list[tuple[Place, Item, Item]]
-    ) -> None:
+    def refuse_taken_mail(self, new: list[Entry], changed: list[Change]) -> None:
         """Under `unique_mail`: 409 for each address that another user has or gets.
 
         The addresses of the users that are written are free for one another, so that
@@ -2441,7 +2400,7 @@ def insert_sql(into: str, rows: int, width: int) -> str:
     return f"INSERT INTO {into} VALUES {', '.join([marks] * rows)}"
 
 
-def written_members(item: Item) -> tuple[str, ...]:
+def written_members(item: Item) -> Names:
     """The members of a new user that the log names."""
     names = REQUIRED
     for name in OPTIONAL:
@@ -2451,7 +2410,7 @@ def written_members(item: Item) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def list_json(names: tuple[str, ...]) -> str:
+def list_json(names: Names) -> str:
     return to_json(names).decode()
 
 
@@ -2654,7 +2613,7 @@ class PostgresStore(Store):
     def _connect(self) -> Any:
         return Postgres(self.path)
 
-    def _insert_rows(self, db: Any, into: str, rows: Sequence[Sequence[Any]]) -> None:
+    def _insert_rows(self, db: Any, into: str, rows: list[tuple[Any, ...]]) -> None:
         if len(rows) > 1:
             db.execute(f"COPY {into} FROM STDIN", rows)
         else:
@@ -2859,7 +2818,7 @@ class Call:
         if items > most:
             raise Problem(413, f"{most} items are the most that a request may hold")
 
-    def precondition(self) -> Callable[[int], None] | None:
+    def precondition(self) -> Check:
         """The check of the user's version before it is written; None if many are.
 
         Raises Problem 400 where If-Match makes no sense, 428 where it is needed.
