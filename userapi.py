@@ -968,6 +968,7 @@ ASIDE_SQL = (
     "SELECT type, name, sql FROM sqlite_master WHERE tbl_name = 'users'"
     " AND type IN ('index', 'trigger') AND sql IS NOT NULL"
 )
+LISTS = frozenset(SHAPES)
 LASTS = tuple(f"last_{name}" for name in SHAPES)
 LOGGED = tuple(field.name for field in USER.written)
 REQUIRED = tuple(field.name for field in USER.written if field.required)
@@ -1868,7 +1869,7 @@ class Store(Database):
         self, tx: Transaction, new: list[Entry], highest: int
     ) -> array.array[int]:
         """Insert users; their ids. Raises Problem 409 where no id is left."""
-        items = [item for _, item in new]
+        _, items = zip(*new)
         self._highest = number_rows(items, highest, "id")
         ids, rows, fields = array.array("q"), [], []
         below: dict[str, list[tuple[int, Item]]] = {}
@@ -2361,7 +2362,7 @@ class Saving:
 
     def write(self, new: list[Entry], changed: list[Change]) -> None:
         if new:
-            plain = len(new) == 1 and SHAPES.keys().isdisjoint(new[0][1])
+            plain = len(new) == 1 and LISTS.isdisjoint(new[0][1])
             highest = self.highest(alone=plain)
             self.ids += self.store._insert(self.tx, new, highest)
         for _, row, item in changed:
