@@ -1672,6 +1672,28 @@ def test_a_write_alone_that_fails_later_takes_its_group_along(client):
     assert len(client.users()) == 5
 
 
+def test_what_on_change_writes_is_committed_by_itself(client):
+    """It is called between two groups, by the thread whose writes are parts of them."""
+    told = []
+
+    def follow(change):
+        told.append((change["op"], change["user"]))
+        if change["op"] == "create":
+            store.merge_users([{"id": change["user"], "name": "Followed"}])
+
+    store = userapi.Store(client.db, on_change=follow)
+    store.open_group()
+    assert store.begin_group()
+    [ada] = store.create_users([ADA])
+    store.commit_group()
+    store.announce_group()
+    assert client.users()[-1]["name"] == "Followed"
+    assert told == [("create", ada["id"]), ("update", ada["id"])]
+    log = client("GET /api/changes").json["results"]
+    assert [(row["op"], row["user"]) for row in log[-2:]] == told
+    store.close_group()
+
+
 def test_a_group_that_cannot_begin_is_refused_and_the_next_one_is_not(client):
     """Someone took the table away whose rows are written at its begin."""
     store = client.app.store

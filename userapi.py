@@ -1212,7 +1212,7 @@ class Database:
     mode, read_only, wal = "mode=rwc", False, True
     impatient = 0  # the thread that is never to wait for the database
     _group: sqlite3.Connection | None = None
-    _group_thread = 0
+    _group_thread, _in_group = 0, False
     _highest: int | None = None  # id; while the database is ours to write
     _identity: tuple[int, int] | None = None  # of the file that was opened
     _page_size = 0
@@ -1663,10 +1663,12 @@ class Database:
 
     def _own_group(self) -> sqlite3.Connection | None:
         """The group's connection, in the thread whose writes are parts of it."""
-        return self._group if self._group_thread == threading.get_ident() else None
+        ours = self._in_group and self._group_thread == threading.get_ident()
+        return self._group if ours else None
 
     def open_group(self) -> None:
-        """From now on this thread's transactions are parts of a group."""
+        """From now on this thread's transactions are parts of a group, if one is
+        under way."""
         self._group = self._group or self._connect()
         self._group.execute("PRAGMA busy_timeout = 0")
         self._group_thread = threading.get_ident()
@@ -1675,7 +1677,7 @@ class Database:
     def begin_group(self, wait: bool = False) -> bool:
         """Begin one; False where another program holds the lock. `wait` waits 5 s."""
         assert self._group is not None
-        self._turn = Transaction(self)
+        self._turn, self._in_group = Transaction(self), True
         self._turn.now = utc_now()
         if self.read_only:
             return True
@@ -1704,6 +1706,8 @@ class Database:
             self._commit(db, self._turn, keep=True)
         except DATABASE_FAULTS as fault:
             raise database_problem(fault) from fault
+        finally:
+            self._in_group = False
 
     def announce_group(self) -> None:
         """Tell `on_change` of what the last group kept."""
