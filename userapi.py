@@ -806,11 +806,8 @@ def rows_sql(shape: Shape) -> list[str]:
     Our own writes set `stamp` to the user's new version, so that the triggers leave
     them alone; another program's leave it as it was.
     """
-    table, columns = f"user_{shape.name}", shape.columns
-    fields = f"""'["{shape.name}"]'"""
-    declared = "".join(
-        f" {field.column} TEXT NOT NULL DEFAULT ''," for field in columns
-    )
+    table, fields = f"user_{shape.name}", f"""'["{shape.name}"]'"""
+    declared = "".join(f" {f.column} TEXT NOT NULL DEFAULT ''," for f in shape.columns)
     statements = [
         f"CREATE TABLE {table} (user_id INTEGER NOT NULL, id INTEGER NOT NULL,"
         f"{declared} stamp INTEGER NOT NULL DEFAULT 0,"
@@ -1107,21 +1104,19 @@ class Transaction:
         return self
 
     def __exit__(self, kind: Any, fault: BaseException | None, trace: Any) -> None:
-        store = self.store
         self.depth -= 1
         if self.depth:
             return
         try:
-            store._end(self, self.keep and fault is None)
+            self.store._end(self, self.keep and fault is None)
         except DATABASE_FAULTS as late:
-            if fault is None:  # else what went wrong first is told
-                raise database_problem(late) from late
+            fault = fault or late  # what went wrong first is told
         finally:
-            store._scope.transaction = None
+            self.store._scope.transaction = None
         if isinstance(fault, DATABASE_FAULTS):
             raise database_problem(fault) from fault
         if self.changes and self.keep and fault is None:
-            store._announce(self)
+            self.announce()
 
     def writer(self, alone: bool = False) -> sqlite3.Connection:
         """The connection to write with; the first time, the transaction begins here.
@@ -1147,6 +1142,15 @@ class Transaction:
         self.logged += part.logged
         self.changes += part.changes
         part.changes = []
+
+    def announce(self) -> None:
+        """Tell the store's `on_change` of what was kept."""
+        changes, self.changes = self.changes, []
+        for change in changes:  # there are none without on_change
+            try:
+                self.store.on_change(change)  # type: ignore[misc]
+            except Exception:  # the write is kept and must not seem to have failed
+                traceback.print_exc()
 
     def rows(self, last: int) -> Iterator[tuple[Any, ...]]:
         """The rows that the log is to keep, `last` being the newest one's seq."""
@@ -1503,14 +1507,13 @@ class Database:
         if not db.in_transaction:  # SQLite rolled the whole group back
             self._turn.fault = Problem(507, DISK_FULL)
             return
+        kept = False
         try:
             if keep and self._low:
                 self._require_room(db, tx.frees)
-        except BaseException:
-            keep = False
-            raise
+            kept = keep
         finally:
-            if keep:
+            if kept:
                 self._turn.take(tx)
             elif tx.savepoint:
                 db.execute("ROLLBACK TO request")
@@ -1650,15 +1653,6 @@ class Database:
             with contextlib.suppress(sqlite3.Error):
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
-    def _announce(self, tx: Transaction) -> None:
-        """Tell `on_change` of what was kept."""
-        changes, tx.changes = tx.changes, []
-        for change in changes:  # there are none without on_change
-            try:
-                self.on_change(change)  # type: ignore[misc]
-            except Exception:  # the write is kept and must not seem to have failed
-                traceback.print_exc()
-
     # Writes that are committed together (the Server's turn)
 
     def _own_group(self) -> sqlite3.Connection | None:
@@ -1711,7 +1705,7 @@ class Database:
 
     def announce_group(self) -> None:
         """Tell `on_change` of what the last group kept."""
-        self._announce(self._turn)
+        self._turn.announce()
 
     def close_group(self) -> None:
         """Checkpoint, so that the file alone is whole, and close."""
@@ -1818,11 +1812,8 @@ class Store(Database):
             well = False
         if not well:
             raise Problem(400, f"users are not found by {query}")
-        return self._find_users(view, found)
-
-    def _find_users(self, view: str, query: Query) -> Iterator[Item]:
-        for page in self.pages(view_sql(VIEWS[view]), query, ", "):
-            yield from json.loads(f"[{page.content}]")
+        pages = self.pages(view_sql(VIEWS[view]), found, ", ")
+        return (user for page in pages for user in json.loads(f"[{page.content}]"))
 
     def count_users(self, query: Query | None = None) -> int:
         """How many users there are, or the query's filters find."""
@@ -1973,9 +1964,7 @@ class Store(Database):
         with self.transaction(actor) as tx:
             tx.frees = True
             there = self._rows_by_id(tx, [id for id in ids if abs(id) <= MAX_ID])
-            missing = [id for id in ids if id not in there]
-            if missing:
-                raise nothing_there("user", missing)
+            refuse_missing("user", ids, there)
             for id in ids:
                 if check:
                     check(there[id]["version"])
@@ -2041,8 +2030,7 @@ class Store(Database):
             faults.raise_worst(422)
             if row is None:
                 raise no_user(user)
-            if number is not None and number not in there:
-                raise nothing_there(shape.name, [number])
+            refuse_missing(shape.name, [number] if number else [], there)
             faults.raise_worst()
             if how == "create" and len(there) + len(rows) > MAX_ROWS:
                 raise Problem(409, f"{MAX_ROWS} are the most that a user has")
@@ -2062,9 +2050,7 @@ class Store(Database):
             if row is None:
                 raise no_user(user)
             there = self._load_rows(shape, user)
-            missing = [number for number in numbers if number not in there]
-            if missing:
-                raise nothing_there(shape.name, missing)
+            refuse_missing(shape.name, numbers, there)
             left = [value for n, value in there.items() if n not in numbers]
             self._update(tx, row, {shape.name: left}, check)
 
@@ -2482,11 +2468,12 @@ def refuse_twice(ids: Sequence[int]) -> None:
         raise Problem(422, "an id stands twice", errors)
 
 
-def nothing_there(kind: str, ids: Sequence[int]) -> Problem:
-    """The problem that none of these ids exists."""
-    told = [f"there is no {kind} {id}" for id in ids]
+def refuse_missing(kind: str, ids: Iterable[int], there: Iterable[int]) -> None:
+    """Raise Problem 404 where not all of these ids are there."""
+    told = [f"there is no {kind} {id}" for id in ids if id not in there]
     errors = [{"parameter": "id", "detail": detail} for detail in told]
-    return Problem(404, ", ".join(told[:3]), errors)
+    if errors:
+        raise Problem(404, ", ".join(told[:3]), errors)
 
 
 # What PostgreSQL does otherwise
@@ -3269,8 +3256,7 @@ def get_rows(call: Call) -> Answer:
     rows, version = call.store.show_rows(call.args["id"], shape)
     if n is not None:
         found = [row for row in json.loads(rows) if row["id"] == n]
-        if not found:
-            raise nothing_there(shape.name, [n])
+        refuse_missing(shape.name, [n], [row["id"] for row in found])
         rows = ENCODER.encode(found)
     return call.tagged(f'{{"results": {rows}}}'.encode(), f'"{version}"')
 
