@@ -1672,14 +1672,13 @@ class Database:
         """Begin one; False where another program holds the lock. `wait` waits 5 s."""
         assert self._group is not None
         self._turn, self._in_group = Transaction(self), True
-        self._turn.now = utc_now()
         if self.read_only:
             return True
         try:
             if wait:
                 self._group.execute("PRAGMA busy_timeout = 5000")
             self._group.execute("BEGIN IMMEDIATE")
-            self._highest = None
+            self._highest, self._turn.now = None, utc_now()
             self._write_soon(self._group)
         except DATABASE_FAULTS as fault:
             problem = database_problem(fault)
