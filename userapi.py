@@ -781,13 +781,6 @@ TABLES = {"users": USER, "user_phone": PHONE, "user_address": ADDRESS}
 ORIGINAL = ["user_id", "user_name", "user_mail"]  # the first application's columns
 _NOW = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
 _LAST_SEQ = "coalesce((SELECT max(seq) FROM changes), 0)"
-#: another program may give a user a higher id than SQLite counted
-_HIGHEST = (
-    "coalesce(max(n), 0) FROM (SELECT seq AS n FROM sqlite_sequence"
-    " WHERE name = 'users' UNION ALL SELECT max(user_id) FROM users) AS ids"
-)
-
-
 _BOTH = """'["name", "mail"]'"""
 _MOVED = " WHERE NEW.user_id <> OLD.user_id"
 
@@ -980,8 +973,6 @@ INSERTED = {**STORED, **{name: name for name in ADDED}}
 INTO_USERS = f"users ({', '.join(INSERTED)})"
 inserted_values = operator.itemgetter(*INSERTED.values())
 BLANK = {"version": 1, **dict.fromkeys(LASTS, 0), **dict.fromkeys(LOGGED, "")}
-INTO_PLAIN = "users (user_id, user_name, user_mail, name_fold, mail_fold,"
-INTO_PLAIN += " created, updated, version)"
 
 
 class Query(NamedTuple):
@@ -1885,25 +1876,28 @@ class Store(Database):
         return ids
 
     def _insert_columns(
-        self,
-        tx: Transaction,
-        ids: Sequence[int],
-        names: Sequence[str],
-        mails: Sequence[str],
+        self, tx: Transaction, ids: Sequence[int], users: Columns
     ) -> None:
         """Insert users that are all of the three; the ids are new, the last highest."""
-        folds = fold_all(names), fold_all(mails)
+        into = (
+            "users (user_id, user_name, user_mail, name_fold, mail_fold, created,"
+            " updated, version)"
+        )
+        folds = fold_all(users.names), fold_all(users.mails)
         same = map(itertools.repeat, (tx.now, tx.now, 1))
-        rows = list(zip(ids, names, mails, *folds, *same))
-        self._insert_rows(tx.writer(), INTO_PLAIN, rows)
+        rows = list(zip(ids, users.names, users.mails, *folds, *same))
+        self._insert_rows(tx.writer(), into, rows)
         self._highest = ids[-1]
-        users, fields = array.array("q", ids), list_json(("name", "mail"))
-        tx.note("create", users, itertools.repeat(fields))
+        fields = itertools.repeat(list_json(("name", "mail")))
+        tx.note("create", array.array("q", ids), fields)
 
     def _highest_id(self, db: sqlite3.Connection) -> int:
         """The highest id that there has been, looked up once a transaction or group."""
-        if self._highest is None:
-            ((self._highest,),) = db.execute(f"SELECT {_HIGHEST}")
+        if self._highest is None:  # another program may give more than SQLite counted
+            ((self._highest,),) = db.execute(
+                "SELECT coalesce(max(n), 0) FROM (SELECT seq AS n FROM sqlite_sequence"
+                " WHERE name = 'users' UNION ALL SELECT max(user_id) FROM users) AS ids"
+            )
         return self._highest
 
     def _outlive(self, items: list[Item]) -> None:
@@ -1982,10 +1976,8 @@ class Store(Database):
         return found[0][0], found[0][1]
 
     def _load_rows(self, shape: Shape, user: int) -> dict[int, Item]:
-        sql = (
-            f"SELECT {', '.join(shape.names)} FROM user_{shape.name} WHERE user_id = ?"
-        )
-        found = self.rows(f"{sql} ORDER BY id", (user,))
+        sql = f"SELECT {', '.join(shape.names)} FROM user_{shape.name}"
+        found = self.rows(f"{sql} WHERE user_id = ? ORDER BY id", (user,))
         return {row[0]: dict(zip(shape.names, row)) for row in found}
 
     def _put_rows(
@@ -2064,10 +2056,8 @@ class Store(Database):
         if since is not None and since < oldest - 1:
             detail = f"the log of changes begins at {oldest}"
             raise Problem(410, detail, oldest=oldest)
-        sql = (
-            f"SELECT {CHANGE_SQL}, seq FROM changes WHERE seq > ? ORDER BY seq LIMIT ?"
-        )
-        return self.rows(sql, (since or 0, limit))
+        sql = f"SELECT {CHANGE_SQL}, seq FROM changes WHERE seq > ?"
+        return self.rows(f"{sql} ORDER BY seq LIMIT ?", (since or 0, limit))
 
     def last_seq(self) -> int:
         """The seq of the newest change; 0 where there is none yet."""
@@ -2076,11 +2066,8 @@ class Store(Database):
     def find_retry(self, key: bytes) -> tuple[bytes, int, str, bytes] | None:
         """What was answered to an Idempotency-Key within the last day."""
         self.transaction().writer()
-        found = self.rows(
-            "SELECT digest, status, headers, body FROM retries"
-            " WHERE key = ? AND at > ?",
-            (key, int(time.time()) - DAY),
-        )
+        sql = "SELECT digest, status, headers, body FROM retries WHERE at > ?"
+        found = self.rows(f"{sql} AND key = ?", (int(time.time()) - DAY, key))
         return found[0] if found else None
 
     def keep_retry(
@@ -2283,7 +2270,7 @@ class Saving:
         well = rising and ids[-1] <= MAX_ID and not self.faults.total
         if self.store.unique_mail or not well:
             return False
-        self.store._insert_columns(self.tx, ids, users.names, users.mails)
+        self.store._insert_columns(self.tx, ids, users)
         self.counts["created"] += len(users)
         return True
 
