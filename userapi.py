@@ -1148,8 +1148,8 @@ class Transaction:
         end = last - sum(len(users) for _, _, users, _ in self.log)
         for tx, op, users, fields in self.log:
             first, end = end + 1, end + len(users)
-            for seq, user, names in zip(itertools.count(first), users, fields):
-                if seq > last - self.store.keep_changes:
+            if end > last - self.store.keep_changes:  # else they would go at once
+                for seq, user, names in zip(itertools.count(first), users, fields):
                     yield seq, tx.now, tx.actor, op, user, names
 
 
@@ -1857,21 +1857,21 @@ class Store(Database):
         _, items = zip(*new)
         self._highest = number_rows(items, highest, "id")
         ids, rows, fields = array.array("q"), [], []
-        below: dict[str, list[tuple[int, Item]]] = {}
+        owners: dict[str, list[Item]] = {}
         for item in items:
             row = {**BLANK, "created": tx.now, "updated": tx.now, **item}
             row["name_fold"], row["mail_fold"] = fold(row["name"]), fold(row["mail"])
             for name in SHAPES:
                 if name in item:
                     row[f"last_{name}"] = number_rows(item[name], 0)
-                    pairs = ((item["id"], value) for value in item[name])
-                    below.setdefault(name, []).extend(pairs)
+                    owners.setdefault(name, []).append(item)
             ids.append(item["id"])
             rows.append(inserted_values(row))
             fields.append(list_json(written_members(item)))
         self._insert_rows(tx.writer(), INTO_USERS, rows)
-        for name, lists in below.items():
-            self._put_rows(tx, SHAPES[name], lists, 1)
+        for name, found in owners.items():
+            below = [(item["id"], value) for item in found for value in item[name]]
+            self._put_rows(tx, SHAPES[name], below, 1)
         tx.note("create", ids, fields)
         return ids
 
