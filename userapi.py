@@ -972,7 +972,8 @@ ADDED = ("created", "updated", "name_fold", "mail_fold")
 INSERTED = {**STORED, **{name: name for name in ADDED}}
 INTO_USERS = f"users ({', '.join(INSERTED)})"
 inserted_values = operator.itemgetter(*INSERTED.values())
-BLANK = {"version": 1, **dict.fromkeys(LASTS, 0), **dict.fromkeys(LOGGED, "")}
+BLANK: Item = {"version": 1, **dict.fromkeys(LASTS, 0)}
+BLANK.update({field.name: "" for field in USER.columns})
 
 
 class Query(NamedTuple):
