@@ -3414,6 +3414,7 @@ PORT = re.compile(r"\.?(?::\d*)?$")
 HOP_PORT = re.compile(r"^(?:\[(.*)\](?::\d+)?|([^:]*):\d+)$")  # as Azure has it
 QUOTED = re.compile(r'"(?:\\.|[^"\\])*"')  # values of parameters other than q
 BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
+LENGTH = re.compile("[0-9]{1,18}")
 POLICY = "default-src 'none'; frame-ancestors 'none'"
 COMMON = [
     ("X-Content-Type-Options", "nosniff"),
@@ -3817,7 +3818,7 @@ class UserAPI:
             if not chunked or isinstance(stream, io.BufferedReader):  # wsgiref's socket
                 raise Problem(411, "announce the body's length")
             call.body = stream.read(most + 1)
-        elif not re.fullmatch("[0-9]{1,18}", length):
+        elif not LENGTH.fullmatch(length):
             raise Problem(400, "Content-Length is not a number")
         elif int(length) <= most:
             call.body = stream.read(int(length))
@@ -5164,7 +5165,7 @@ class Connection(asyncio.Protocol):
             raise Problem(400, "Transfer-Encoding does not go with this request")
         if coding is not None and coding.lower() != "chunked":
             raise Problem(501, "chunked is the one transfer coding")
-        if length is not None and not re.fullmatch("[0-9]+", length):
+        if length is not None and not (length.isascii() and length.isdigit()):
             raise Problem(400, "Content-Length is malformed")
         expect = environ.get("HTTP_EXPECT", "100-continue").lower()
         if modern and expect != "100-continue":
@@ -5392,7 +5393,8 @@ class Connection(asyncio.Protocol):
     def finish(self, environ: Environ) -> None:
         """An answer is out: note it, and go on with the connection."""
         self.server.note(environ)
-        self.release()
+        if self.held:
+            self.release()
         self.busy = False
         self.deadline = time.monotonic() + self.settings.idle_timeout
         if self.closing:
