@@ -53,7 +53,6 @@ import asyncio
 import base64
 import bisect
 import collections
-import csv
 import datetime
 import functools
 import gc
@@ -2967,6 +2966,8 @@ def ndjson_entries(file: Any) -> Iterator[Entry]:
 
 def read_csv(file: Any) -> Iterator[Columns | list[Entry]]:
     """The items of CSV (RFC 4180) with their physical lines; the header is line 1."""
+    import csv
+
     reader = csv.reader(map(bytes.decode, read_lines(file)), strict=True)
     while (first := take_rows(reader, 1)) == [[]]:
         pass  # a blank line
@@ -2979,6 +2980,8 @@ def read_csv(file: Any) -> Iterator[Columns | list[Entry]]:
 
 def take_rows(reader: Any, most: int) -> list[Any]:
     """The next rows of a CSV reader; the last is a BadLine if it could not be read."""
+    import csv
+
     rows: list[Any] = []
     try:
         rows.extend(itertools.islice(reader, most))
@@ -3056,6 +3059,8 @@ def read_batches(file: Any, media: str, watch: Callable[[int], None]) -> Iterato
 
 
 def csv_lines(rows: Iterable[Sequence[Any]]) -> bytes:
+    import csv
+
     out = io.StringIO()
     csv.writer(out).writerows([guard(cell) for cell in row] for row in rows)
     return out.getvalue().encode()
