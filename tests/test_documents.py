@@ -554,7 +554,10 @@ def test_schemathesis_finds_nothing(seed, phases, paths, tmp_path):
 @pytest.mark.parametrize("flag", ["", ", csv=True"], ids=["plain", "csv"])
 def test_a_field_added_to_the_table_is_everywhere(flag, tmp_path):
     source = MODULE.read_text("utf-8")
-    line = f'Field("nick", "Nickname", TEXT, "Sim", column="nick"{flag}),\n    '
+    (line,) = re.findall(
+        r"(?m)^(Field\(.+)\),$", (ROOT / "README.md").read_text("utf-8")
+    )
+    line = f"{line}{flag}),\n    "
     place = source.index('Field("phone", "Phone"')
     copy = tmp_path / "userapi.py"
     copy.write_text(source[:place] + line + source[place:], "utf-8")
