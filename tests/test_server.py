@@ -2093,11 +2093,13 @@ def test_deadlines_hold_whatever_is_dripped(crowded, secure):
     """All at once, for their waits add up: each is cut off in its time, no later."""
     head = b"GET /api/user/1 HTTP/1.1\r\nHost: localhost\r\nX-A: "
     large = POST + b"Content-Length: %d\r\n\r\n" % (2 * MIB)
+    long = b"Content-Length: 1000\r\n"
     cases = {  # who: (the client, its status, at the earliest, at the latest)
         "a head": (Drip(crowded, head, b"a"), 408, 9, 25),
         "a line": (Drip(crowded, b"GET /", b"a"), 408, 9, 25),
         "a second head": (Drip(crowded, head, b"a", answered=3), 408, 9, 25),
-        "a body": (Drip(crowded, POST + LENGTH + END, b" "), 408, 19, 40),
+        # longer than what drips in until the deadline has passed and is noticed
+        "a body": (Drip(crowded, POST + long + END, b" "), 408, 19, 40),
         "chunks": (Drip(crowded, POST + CHUNKED + END, b"1\r\na\r\n"), 408, 19, 40),
         "a large body": (Drip(crowded, large, b" "), 408, 27, 50),
         "an idle one": (Drip(crowded, b"", b"", answered=1), None, 29, 50),
