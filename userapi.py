@@ -5501,8 +5501,9 @@ class Server:
     """Serves a UserAPI over one or more sockets, in one thread.
 
     What writes waits for the end of the loop's turn; then all of it is run in one
-    transaction and committed; only then do the answers go out. Where the disk is slow
-    a thread commits, and reads go on meanwhile over another connection.
+    transaction, with what comes meanwhile, and committed; only then do the answers go
+    out. Where the disk is slow a thread commits, and reads go on meanwhile over another
+    connection.
     """
 
     def __init__(self, app: UserAPI) -> None:
@@ -5582,7 +5583,7 @@ class Server:
         turns, self.waiting = self.waiting, []
         done.extend((turn, turn[0].call(turn[1])) for turn in turns)
         if turns and time.monotonic() < end:
-            self.loop.call_soon(self.run_group, done, end)
+            self.loop.call_later(0, self.run_group, done, end)  # when it has been read
             return
         if self.sync_time > SLOW_SYNC:
             self.in_thread(self.commit, lambda fault: self.finish(done, fault))

@@ -2754,6 +2754,47 @@ def journeys(output):
     return arrived, left, syncs
 
 
+HELD = r"""
+import pathlib, sys, time
+sys.path.insert(0, sys.argv[1])
+import userapi
+
+userapi.GATHER = 60
+folder = pathlib.Path(sys.argv[2]).parent
+
+
+class Held(userapi.UserAPI):
+    def __call__(self, environ, start_response):
+        if environ["REQUEST_METHOD"] == "POST" and not (folder / "held").exists():
+            (folder / "held").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.001)
+        return super().__call__(environ, start_response)
+
+
+userapi.serve(Held(db=sys.argv[2]), port=0, log="off")
+"""
+
+
+def test_a_group_takes_up_what_comes_while_it_is_run(tmp_path):
+    """A write that comes while another is run is of its time, as of one commit."""
+    script = tmp_path / "held.py"
+    script.write_text(HELD)
+    argv = [script, USERAPI.parent, tmp_path / "users.db"]
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Server(tmp_path, argv=argv, port=None))
+        first, second = (stack.enter_context(Client(server)) for _ in range(2))
+        assert second.ask(request("GET", "/api/user")).status == 200
+        first.send(request("POST", "/api/v2/user", ada()))
+        wait_for((tmp_path / "held").exists, "the first write is run")
+        second.send(request("POST", "/api/v2/user", ada()))
+        wait_for(lambda: in_the_kernel(server, second), "the second has come")
+        (tmp_path / "go").touch()
+        answers = [client.answer().json() for client in (first, second)]
+    times = [answer["results"][0]["created"] for answer in answers]
+    assert times[0] == times[1], "they were committed one after the other"
+
+
 @strace
 def test_writers_share_syncs_and_none_is_answered_before_one(tmp_path):
     """A sync between each request's arrival and its answer's departure; 32 share it."""
