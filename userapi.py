@@ -2719,27 +2719,31 @@ METHODS = (*SAFE, *HOW, "DELETE")
 TAKES = {"POST": (JSON,), "PUT": (JSON,), "PATCH": (JSON, MERGE)}
 
 
+Handler = Callable[["Call"], Answer]
+
+
 class Operation:
     """What can be done at a path, by which it runs and out of which it is documented.
 
-    `takes` are the media types of its body, `answers` those it answers with; `shape` is
-    what it is about; `bulk` says that it may write many.
+    It is about a `shape`; `takes` are the media types of its body, `answers` those it
+    answers with. Methods that are not SAFE write, and need the role admin; `bulk` says
+    that it may write many.
     """
 
     def __init__(
         self,
+        run: Handler,
+        shape: Shape,
         name: str,
         method: str,
         path: str,
-        run: Callable[[Call], Answer],
         summary: str,
         params: Names = (),
         answers: Names = (JSON,),
         takes: Names = (),
-        shape: Shape = USER,
     ) -> None:
-        self.name, self.method, self.path = name, method, path
-        self.run, self.summary, self.shape = run, summary, shape
+        self.run, self.shape, self.name, self.method = run, shape, name, method
+        self.path, self.summary = path, summary
         self.takes, self.answers = takes or TAKES.get(method, ()), answers
         self.writes = method not in SAFE
         self.params = (*params, "dry_run") if self.writes else params
@@ -2749,8 +2753,36 @@ class Operation:
         self.envelopes = many if self.bulk else ("item",)
 
 
+OPERATIONS: list[Operation] = []  # what there is, in the order of the handlers
+
+
+def operations(*described: tuple[Any, ...]) -> Callable[[Handler], Handler]:
+    """Have a function run operations, described by the arguments of Operation."""
+
+    def register(run: Handler) -> Handler:
+        OPERATIONS.extend(Operation(run, USER, *each) for each in described)
+        return run
+
+    return register
+
+
+def row_operations(*described: tuple[Any, ...]) -> Callable[[Handler], Handler]:
+    """The same below a user, for each kind of rows, whose words go into the texts."""
+
+    def register(run: Handler) -> Handler:
+        for shape in SHAPES.values():
+            for name, method, end, text, *more in described:
+                told = [part.format(shape) for part in (name, text)]
+                path = f"/user/<id:id>/{shape.name}{end}"
+                made = Operation(run, shape, told[0], method, path, told[1], *more)
+                OPERATIONS.append(made)
+        return run
+
+    return register
+
+
 #: what a call is about until its operation has been found
-NOTHING = Operation("none", "OPTIONS", "", lambda call: Answer(b""), "")
+NOTHING = Operation(lambda call: Answer(b""), USER, "none", "OPTIONS", "", "")
 
 
 class Call:
@@ -3117,7 +3149,15 @@ def show_saved(
 
 # Users
 
+FIND = ("q", "name", "mail", "id", "sort", "limit", "after", "count", "fields",
+        "format")  # fmt: skip
+LIST = "All users, or those that the parameters find; streamed if there is no limit."
 
+
+@operations(
+    ("list_users", "GET", "/user", LIST, FIND, ALL),
+    ("list_users_of_old", "GET", "/user/0", LIST, FIND, ALL),
+)
 def list_users(call: Call) -> Answer:
     """Users; a short answer is kept for whoever asks the same before the next change,
     as lists are read far more often than users change."""
@@ -3184,6 +3224,9 @@ def tell_next(call: Call, path: str, name: str, place: Any) -> tuple[str, Header
     return f', "next": {json.dumps(uri)}', [("Link", f'<{uri}>; rel="next"')]
 
 
+@operations(
+    ("get_user", "GET", "/user/<id:id>", "One user.", ("fields", "format"), ALL)
+)
 def get_user(call: Call) -> Answer:
     id, members = call.args["id"], call.fields()
     if call.media == JSON:
@@ -3195,6 +3238,17 @@ def get_user(call: Call) -> Answer:
     return Answer(b"".join(CHUNKS[call.media]([page], members, "")), [], call.media)
 
 
+@operations(
+    ("create_user", "POST", "/user", "Create a user, or many; CSV and NDJSON are"
+        " imported, and their users counted.", ("conflict",), (JSON,), ALL),
+    ("replace_users", "PUT", "/user",
+        "Replace name and mail of each of the items' users."),
+    ("merge_users", "PATCH", "/user",
+        "Merge each of the items into the user that it names (RFC 7396)."),
+    ("replace_user", "PUT", "/user/<id:id>",
+        "Replace a user's name and mail, in v2 also the lists that are sent."),
+    ("merge_user", "PATCH", "/user/<id:id>", "Merge the item into a user (RFC 7396)."),
+)  # fmt: skip
 def save_users(call: Call) -> Answer:
     imports = call.takes != JSON
     saving = Saving(
@@ -3224,6 +3278,56 @@ def import_body(call: Call, saving: Saving) -> Answer:
     return acknowledge(call, "".join(f', "{n}": {count}' for n, count in counts))
 
 
+# Phones and addresses
+
+
+@row_operations(
+    ("list_{0.plural}", "GET", "", "The {0.title} list of a user."),
+    ("get_{0.name}", "GET", "/<n:id>", "One {0.title} of a user."),
+)
+def get_rows(call: Call) -> Answer:
+    """A user's phones or addresses, or the one that the path names."""
+    shape, n = call.operation.shape, call.args.get("n")
+    rows, version = call.store.show_rows(call.args["id"], shape)
+    if n is not None:
+        found = [row for row in json.loads(rows) if row["id"] == n]
+        refuse_missing(shape.name, [n], [row["id"] for row in found])
+        rows = ENCODER.encode(found)
+    return call.tagged(f'{{"results": {rows}}}'.encode(), f'"{version}"')
+
+
+@row_operations(
+    ("create_{0.name}", "POST", "", "Add a {0.title} to a user, or many."),
+    ("replace_{0.plural}", "PUT", "",
+        "Replace each {0.title} of a user that the items name."),
+    ("merge_{0.plural}", "PATCH", "",
+        "Merge each item into the {0.title} of a user that it names (RFC 7396)."),
+    ("replace_{0.name}", "PUT", "/<n:id>", "Replace one {0.title} of a user."),
+    ("merge_{0.name}", "PATCH", "/<n:id>",
+        "Merge the item into one {0.title} of a user (RFC 7396)."),
+)  # fmt: skip
+def save_rows(call: Call) -> Answer:
+    check, shape, user = call.precondition(), call.operation.shape, call.args["id"]
+    items, one = read_items(call)
+    how, n = HOW[call.method], call.args.get("n")
+    numbers, version = call.store.save_rows(user, shape, items, how, n, check)
+    rows = {row["id"]: row for row in json.loads(call.store.show_rows(user, shape)[0])}
+    texts = (ENCODER.encode(rows[number]) for number in numbers)
+    place = f"/user/{user}/{shape.name}/{numbers[0]}" if one else ""
+    return show_saved(call, texts, version, place)
+
+
+@operations(
+    ("delete_users", "DELETE", "/user", "Delete the users that the parameter id names.",
+        ("id",)),
+    ("delete_user", "DELETE", "/user/<id:id>",
+        "Delete a user with its phone numbers and addresses."),
+)  # fmt: skip
+@row_operations(
+    ("delete_{0.plural}", "DELETE", "",
+        "Delete each {0.title} of a user that the parameter id names.", ("id",)),
+    ("delete_{0.name}", "DELETE", "/<n:id>", "Delete one {0.title} of a user."),
+)  # fmt: skip
 def delete_items(call: Call) -> Answer:
     """Delete the user or row that the path names, or those of the parameter id."""
     check, shape, args = call.precondition(), call.operation.shape, call.args
@@ -3239,31 +3343,6 @@ def delete_items(call: Call) -> Answer:
     return acknowledge(call)
 
 
-# Phones and addresses
-
-
-def get_rows(call: Call) -> Answer:
-    """A user's phones or addresses, or the one that the path names."""
-    shape, n = call.operation.shape, call.args.get("n")
-    rows, version = call.store.show_rows(call.args["id"], shape)
-    if n is not None:
-        found = [row for row in json.loads(rows) if row["id"] == n]
-        refuse_missing(shape.name, [n], [row["id"] for row in found])
-        rows = ENCODER.encode(found)
-    return call.tagged(f'{{"results": {rows}}}'.encode(), f'"{version}"')
-
-
-def save_rows(call: Call) -> Answer:
-    check, shape, user = call.precondition(), call.operation.shape, call.args["id"]
-    items, one = read_items(call)
-    how, n = HOW[call.method], call.args.get("n")
-    numbers, version = call.store.save_rows(user, shape, items, how, n, check)
-    rows = {row["id"]: row for row in json.loads(call.store.show_rows(user, shape)[0])}
-    texts = (ENCODER.encode(rows[number]) for number in numbers)
-    place = f"/user/{user}/{shape.name}/{numbers[0]}" if one else ""
-    return show_saved(call, texts, version, place)
-
-
 # The log, the documents, operating
 
 MAX_CHANGES = 100_000  # rows of the log in an answer without limit
@@ -3271,6 +3350,11 @@ TURN = 20  # seconds that an event stream keeps a thread of another server
 HEARTBEAT = 15  # seconds of silence after which an event stream says that it lives
 
 
+@operations(
+    ("list_changes", "GET", "/changes",
+        "Who changed which members of whom; as server-sent events it stays open.",
+        ("since", "limit"), (JSON, EVENTS)),
+)  # fmt: skip
 def list_changes(call: Call) -> Answer:
     since, limit = call.params.get("since"), call.params.get("limit")
     last = call.header("LAST_EVENT_ID")
@@ -3328,83 +3412,16 @@ def events(call: Call, since: int | None) -> Iterator[bytes]:
             return
 
 
-def get_postman(call: Call) -> Answer:
-    scheme, host = call.environ["wsgi.url_scheme"], call.header("HOST") or "localhost"
-    return Answer(to_json(postman(f"{scheme}://{host}{call.prefix}")))
+@operations(("get_health", "GET", "/health", "Whether it answers; needs no token."))
+def get_health(call: Call) -> Answer:
+    return Answer(to_json({"status": "ok"}))
 
 
+@operations(
+    ("get_metrics", "GET", "/metrics", "Figures for Prometheus.", (), (PROMETHEUS,))
+)
 def get_metrics(call: Call) -> Answer:
     return Answer(call.app.metrics.write(call.store), (), PROMETHEUS)
-
-
-# What there is
-
-FIND = ("q", "name", "mail", "id", "sort", "limit", "after", "count", "fields",
-        "format")  # fmt: skip
-LIST = "All users, or those that the parameters find; streamed if there is no limit."
-
-
-def row_operations(shape: Shape) -> tuple[Operation, ...]:
-    """The operations on this kind of rows below a user."""
-    row, rows, it = shape.name, shape.plural, shape.title
-    its = f"{it} of a user"
-    many, one = f"/user/<id:id>/{row}", f"/user/<id:id>/{row}/<n:id>"
-    on = functools.partial(Operation, shape=shape)
-    return (
-        on(f"list_{rows}", "GET", many, get_rows, f"The {it} list of a user."),
-        on(f"get_{row}", "GET", one, get_rows, f"One {its}."),
-        on(f"create_{row}", "POST", many, save_rows, f"Add a {it} to a user, or many."),
-        on(f"replace_{rows}", "PUT", many, save_rows,
-            f"Replace each {its} that the items name."),
-        on(f"merge_{rows}", "PATCH", many, save_rows,
-            f"Merge each item into the {its} that it names (RFC 7396)."),
-        on(f"delete_{rows}", "DELETE", many, delete_items,
-            f"Delete each {its} that the parameter id names.", ("id",)),
-        on(f"replace_{row}", "PUT", one, save_rows, f"Replace one {its}."),
-        on(f"merge_{row}", "PATCH", one, save_rows,
-            f"Merge the item into one {its} (RFC 7396)."),
-        on(f"delete_{row}", "DELETE", one, delete_items, f"Delete one {its}."),
-    )  # fmt: skip
-
-
-OPERATIONS = (
-    Operation("list_users", "GET", "/user", list_users, LIST, FIND, ALL),
-    Operation("list_users_of_old", "GET", "/user/0", list_users, LIST, FIND, ALL),
-    Operation("get_user", "GET", "/user/<id:id>", get_user,
-        "One user.", ("fields", "format"), ALL),
-    Operation("create_user", "POST", "/user", save_users,
-        "Create a user, or many; CSV and NDJSON are imported, and their users counted.",
-        ("conflict",), takes=ALL),
-    Operation("replace_users", "PUT", "/user", save_users,
-        "Replace name and mail of each of the items' users."),
-    Operation("merge_users", "PATCH", "/user", save_users,
-        "Merge each of the items into the user that it names (RFC 7396)."),
-    Operation("delete_users", "DELETE", "/user", delete_items,
-        "Delete the users that the parameter id names.", ("id",)),
-    Operation("replace_user", "PUT", "/user/<id:id>", save_users,
-        "Replace a user's name and mail, in v2 also the lists that are sent."),
-    Operation("merge_user", "PATCH", "/user/<id:id>", save_users,
-        "Merge the item into a user (RFC 7396)."),
-    Operation("delete_user", "DELETE", "/user/<id:id>", delete_items,
-        "Delete a user with its phone numbers and addresses."),
-    *(operation for shape in SHAPES.values() for operation in row_operations(shape)),
-    Operation("list_changes", "GET", "/changes", list_changes,
-        "Who changed which members of whom; as server-sent events it stays open.",
-        ("since", "limit"), (JSON, EVENTS)),
-    Operation("get_page", "GET", "/", lambda call: page(call), "The admin page.",
-        answers=(HTML,)),
-    Operation("get_reference", "GET", "/docs", lambda call: reference(call.prefix),
-        "The reference for people.", answers=(HTML,)),
-    Operation("get_openapi", "GET", "/openapi.json",
-        lambda call: Answer(to_json(openapi(call.prefix))), "The OpenAPI document."),
-    Operation("get_postman", "GET", "/postman.json", get_postman,
-        "The Postman collection."),
-    Operation("get_health", "GET", "/health",
-        lambda call: Answer(to_json({"status": "ok"})),
-        "Whether the server answers; needs no token."),
-    Operation("get_metrics", "GET", "/metrics", get_metrics,
-        "Figures for Prometheus.", answers=(PROMETHEUS,)),
-)  # fmt: skip
 
 
 # ── Application ───────────────────────────────────────────────────────────────────
@@ -3449,6 +3466,7 @@ class Resource(NamedTuple):
         return ", ".join([*self.operations, *more, "OPTIONS"])
 
 
+@functools.lru_cache(maxsize=1)
 def find_resources() -> dict[str, Resource]:
     """Every path of every version, as OPERATIONS has them, to what is there."""
     found: dict[str, Resource] = {}
@@ -3462,18 +3480,12 @@ def find_resources() -> dict[str, Resource]:
     return found
 
 
-RESOURCES = find_resources()
-
-
 def build_router() -> bottle.Router:
     router = bottle.Router()
     router.add_filter("id", lambda _: ("0*[1-9][0-9]{0,15}", int, str))
-    for path, resource in RESOURCES.items():
+    for path, resource in find_resources().items():
         router.add(path, "GET", resource)
     return router
-
-
-ROUTER = build_router()
 
 
 @functools.lru_cache(maxsize=256)
@@ -3710,7 +3722,7 @@ class UserAPI:
         self.settings = Settings({"db": db, **settings})
         self.store = open_store(self.settings, self.settings.unique_mail, on_change)
         self.guard = Guard(self.settings, self.store, open)
-        self.metrics = Metrics()
+        self.router, self.metrics = build_router(), Metrics()
         self.kept: dict[Any, tuple[int, Body, Headers]] = {}  # short lists
 
     def configure(self, given: dict[str, Any]) -> None:
@@ -3783,7 +3795,7 @@ class UserAPI:
         call.prefix = quote(call.environ.get("SCRIPT_NAME", ""), encoding="latin-1")
         call.path = read_path(call.environ)
         self.guard.admit(call)
-        resource, call.args = find_resource(call.path, call.method)
+        resource, call.args = find_resource(self.router, call.path, call.method)
         call.base, call.view, operations = resource
         call.members = VIEWS[call.view]
         if call.method == "OPTIONS":
@@ -3925,7 +3937,9 @@ def choose_taken(call: Call, takes: tuple[str, ...]) -> str:
     return media if media in (CSV, NDJSON) else JSON
 
 
-def find_resource(path: str, method: str) -> tuple[Resource, dict[str, int]]:
+def find_resource(
+    router: bottle.Router, path: str, method: str
+) -> tuple[Resource, dict[str, int]]:
     """The resource at a path, and the path's parameters. Problem 400, 404, 405."""
     if not path:
         raise Problem(400, "the path is not UTF-8")
@@ -3933,7 +3947,7 @@ def find_resource(path: str, method: str) -> tuple[Resource, dict[str, int]]:
         path = "/api/user"
     try:
         if path.isprintable():
-            found = ROUTER.match({"REQUEST_METHOD": "GET", "PATH_INFO": path})
+            found = router.match({"REQUEST_METHOD": "GET", "PATH_INFO": path})
             return found  # type: ignore[no-any-return]
     except bottle.HTTPError:
         pass
@@ -4230,7 +4244,7 @@ def describe(found: Operation, path: str, resource: Resource) -> Item:
 def openapi(prefix: str = "") -> Item:
     """The OpenAPI 3.1 document: every operation of every version, out of the tables."""
     paths: Item = {}
-    for route, resource in RESOURCES.items():
+    for route, resource in find_resources().items():
         path = re.sub("<(.+?):id>", r"{\1}", route)
         told = resource.operations.items()
         paths[path] = {m.lower(): describe(found, path, resource) for m, found in told}
@@ -4245,6 +4259,11 @@ def openapi(prefix: str = "") -> Item:
         "tags": [{"name": name} for name in tags], "components": components(),
         "x-given": {"description": "Given, not made up.", "pattern": r"^\p{Any}*$"},
     }  # fmt: skip
+
+
+@operations(("get_openapi", "GET", "/openapi.json", "The OpenAPI document."))
+def get_openapi(call: Call) -> Answer:
+    return Answer(to_json(openapi(call.prefix)))
 
 
 #: the five calls of the tutorial that this application began with, and their ids
@@ -4344,6 +4363,12 @@ def postman(url: str = "http://127.0.0.1:8080") -> Item:
         "auth": {"type": "bearer", "bearer": [token]},
         "variable": [{"key": "baseUrl", "value": url}, {"key": "token", "value": ""}],
     }
+
+
+@operations(("get_postman", "GET", "/postman.json", "The Postman collection."))
+def get_postman(call: Call) -> Answer:
+    scheme, host = call.environ["wsgi.url_scheme"], call.header("HOST") or "localhost"
+    return Answer(to_json(postman(f"{scheme}://{host}{call.prefix}")))
 
 
 # ── Page ──────────────────────────────────────────────────────────────────────────
@@ -4776,7 +4801,8 @@ def form_sheet(shape: Shape) -> str:
     return f'<template id="{shape.name}"><div class="item">{inner}</div></template>'
 
 
-def page(call: Call) -> Answer:
+@operations(("get_page", "GET", "/", "The admin page.", (), (HTML,)))
+def get_page(call: Call) -> Answer:
     path, sheets = html.escape(call.prefix), map(form_sheet, (USER, *SHAPES.values()))
     kinds = "open" * (call.actor is None) + " reader" * (call.role != "admin")
     about = f'data-base="{path}" data-seq="{call.store.last_seq()}" class="{kinds}"'
@@ -4864,9 +4890,10 @@ DOCS_ARTICLE = """
 """
 
 
-def reference(prefix: str) -> Answer:
-    """The reference for people: the OpenAPI document as a page."""
-    links, articles = "", ""
+@operations(("get_reference", "GET", "/docs", "The reference for people.", (), (HTML,)))
+def get_reference(call: Call) -> Answer:
+    """The OpenAPI document as a page."""
+    prefix, links, articles = call.prefix, "", ""
     for path, methods in openapi(prefix)["paths"].items():
         for method, told in methods.items():
             if not re.match("/api/(?!v2/)", path):

@@ -151,7 +151,7 @@ def test_is_valid_openapi():
 def test_every_route_is_an_operation_and_every_operation_is_a_route():
     routed = {
         (re.sub("<(.+?):id>", r"{\1}", path), method)
-        for path, resource in userapi.RESOURCES.items()
+        for path, resource in userapi.find_resources().items()
         for method in resource.operations
     }
     assert {(path, method) for path, method, _ in OPERATIONS} == routed
