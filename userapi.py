@@ -281,7 +281,7 @@ PROBLEMS = {
 }
 STATUS = {200: "200 OK", 201: "201 Created", 204: "204 No Content"}
 STATUS[304] = "304 Not Modified"
-STATUS.update((status, f"{status} {told[0]}") for status, told in PROBLEMS.items())
+STATUS.update((status, f"{status} {entry[0]}") for status, entry in PROBLEMS.items())
 PROBLEM_JSON = "application/problem+json"
 
 
@@ -601,8 +601,8 @@ class Faults:
         for status in among or (422, 404, 409):
             if status in self.statuses:
                 kind = "members are not valid" if self.statuses == {422} else "faults"
-                told = f"{self.total} {kind}" if self.total > 1 else self.first
-                problem = Problem(status, told, self.errors)
+                detail = f"{self.total} {kind}" if self.total > 1 else self.first
+                problem = Problem(status, detail, self.errors)
                 if self.most == IMPORT_FAULTS or self.total > self.most:
                     problem.more["total"] = self.total
                 raise problem
@@ -640,8 +640,8 @@ class Checker:
     def check(self, place: Place, item: Any, faults: Faults, id: int = 0) -> Item:
         """The item as it is stored; `id` is the URI's, if it names one."""
         if not isinstance(item, dict):
-            told = item if isinstance(item, BadLine) else "is not an object"
-            faults.add(place, None, told)
+            detail = item if isinstance(item, BadLine) else "is not an object"
+            faults.add(place, None, detail)
             return {}
         values, rules = self.empty.copy(), self.rules
         for name, value in item.items():
@@ -1263,10 +1263,10 @@ class Database:
         if os.path.isdir(self.path):
             raise Problem(503, "is a folder")
         if size < 512 and (size or beside):
-            told = (
+            detail = (
                 f"empty, with a {beside[0]} file beside it" if beside else "too small"
             )
-            raise Problem(503, f"is no SQLite database: {told}")
+            raise Problem(503, f"is no SQLite database: {detail}")
         if size:
             self._examine_safely(beside, size)
 
@@ -1274,12 +1274,12 @@ class Database:
         try:
             self._examine(beside, size)
         except DATABASE_FAULTS as fault:
-            told = str(fault)
-            if "unable to open" in told or "readonly" in told:
+            text = str(fault)
+            if "unable to open" in text or "readonly" in text:
                 return  # on read-only media: _prepare finds out
-            if "-journal" in beside and "malformed" in told:
+            if "-journal" in beside and "malformed" in text:
                 return  # a writer has to roll back first
-            if "not a database" in told:
+            if "not a database" in text:
                 raise Problem(503, "is no SQLite database") from None
             raise database_problem(fault) from fault
 
@@ -1374,8 +1374,8 @@ class Database:
         that are new in the tables above, the index of unique_mail."""
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if not 0 <= version <= len(MIGRATIONS):
-            told = "its table users is of another program or of a newer userapi"
-            raise Problem(503, told)
+            detail = "its table users is of another program or of a newer userapi"
+            raise Problem(503, detail)
         if version < len(MIGRATIONS):
             yield from itertools.chain(*self.migrations[version:])
             yield f"PRAGMA user_version = {len(MIGRATIONS)}"
@@ -2077,15 +2077,15 @@ class Store(Database):
 
         An id is how many bytes there have been up to its end.
         """
-        db, told = self.transaction().writer(), json.dumps(headers)
+        db, head = self.transaction().writer(), json.dumps(headers)
         now = int(time.time())
         db.execute("DELETE FROM retries WHERE at <= ?", (now - DAY,))
         ((last,),) = db.execute("SELECT coalesce(max(id), 0) FROM retries")
-        last += len(told) + len(body) + 200  # with the key, the digest and the rest
+        last += len(head) + len(body) + 200  # with the key, the digest and the rest
         db.execute(
             "INSERT INTO retries (id, key, at, digest, status, headers, body)"
             " VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (last, key, now, digest, status, told, body),
+            (last, key, now, digest, status, head, body),
         )
         db.execute("DELETE FROM retries WHERE id <= ?", (last - RETRIES,))
 
@@ -2456,10 +2456,10 @@ def refuse_twice(ids: Sequence[int]) -> None:
 
 def refuse_missing(kind: str, ids: Iterable[int], there: Iterable[int]) -> None:
     """Raise Problem 404 where not all of these ids are there."""
-    told = [f"there is no {kind} {id}" for id in ids if id not in there]
-    errors = [{"parameter": "id", "detail": detail} for detail in told]
+    details = [f"there is no {kind} {id}" for id in ids if id not in there]
+    errors = [{"parameter": "id", "detail": detail} for detail in details]
     if errors:
-        raise Problem(404, ", ".join(told[:3]), errors)
+        raise Problem(404, ", ".join(details[:3]), errors)
 
 
 # What PostgreSQL does otherwise
@@ -2533,8 +2533,8 @@ class Postgres:
 
             given = psycopg.conninfo.conninfo_to_dict(url)
         except ImportError:
-            told = "db: PostgreSQL needs psycopg: pip install 'psycopg[binary]'"
-            raise SettingError(told) from None
+            detail = "db: PostgreSQL needs psycopg: pip install 'psycopg[binary]'"
+            raise SettingError(detail) from None
         except psycopg.ProgrammingError:  # whose text may hold the password
             raise SettingError("db: that is no URL of PostgreSQL") from None
         where = psycopg.conninfo.make_conninfo(PATIENCE, **given)
@@ -2772,9 +2772,9 @@ def row_operations(*described: tuple[Any, ...]) -> Callable[[Handler], Handler]:
     def register(run: Handler) -> Handler:
         for shape in SHAPES.values():
             for name, method, end, text, *more in described:
-                told = [part.format(shape) for part in (name, text)]
+                texts = [part.format(shape) for part in (name, text)]
                 path = f"/user/<id:id>/{shape.name}{end}"
-                made = Operation(run, shape, told[0], method, path, told[1], *more)
+                made = Operation(run, shape, texts[0], method, path, texts[1], *more)
                 OPERATIONS.append(made)
         return run
 
@@ -3036,8 +3036,8 @@ def check_header(rows: list[Any]) -> list[str]:
     faults += [f"{name} stands twice" for name in CSV_MEMBERS if header.count(name) > 1]
     faults += [f"{name} is missing" for name in needed if name not in header]
     if faults:
-        told = faults[:IMPORT_FAULTS]
-        errors = [Place("#", 1).fault(None, fault) for fault in told]
+        first = faults[:IMPORT_FAULTS]
+        errors = [Place("#", 1).fault(None, fault) for fault in first]
         raise Problem(422, "the CSV header is not valid", errors, total=len(faults))
     return header
 
@@ -3399,8 +3399,8 @@ def events(call: Call, since: int | None) -> Iterator[bytes]:
     while (rows := new_changes(call, since)) is not None:
         if rows:
             since, silent = rows[-1][1], time.monotonic()
-            told = (f"id: {seq}\ndata: {change}\n\n" for change, seq in rows)
-            yield "".join(told).encode()
+            lines = (f"id: {seq}\ndata: {change}\n\n" for change, seq in rows)
+            yield "".join(lines).encode()
         elif time.monotonic() - silent > HEARTBEAT:
             silent = time.monotonic()
             yield b": still here\n\n"
@@ -3621,8 +3621,8 @@ class Guard:
         """Take over what a trusted proxy says of the client (X-Forwarded-*)."""
         if not self.is_trusted(environ.get("REMOTE_ADDR", "")):
             return
-        told = environ.get("HTTP_X_FORWARDED_FOR", "").replace(" ", "")
-        hops = [HOP_PORT.sub(r"\1\2", hop) for hop in told.split(",")]
+        forwarded = environ.get("HTTP_X_FORWARDED_FOR", "").replace(" ", "")
+        hops = [HOP_PORT.sub(r"\1\2", hop) for hop in forwarded.split(",")]
         client = next((hop for hop in reversed(hops) if not self.is_trusted(hop)), "")
         environ["REMOTE_ADDR"] = client or environ["REMOTE_ADDR"]
         for name, variable in (
@@ -3630,12 +3630,12 @@ class Guard:
             ("PROTO", "wsgi.url_scheme"),
             ("PREFIX", "SCRIPT_NAME"),
         ):
-            told = environ.get(f"HTTP_X_FORWARDED_{name}")
-            if told:
-                environ[variable] = told
+            value = environ.get(f"HTTP_X_FORWARDED_{name}")
+            if value:
+                environ[variable] = value
         if "HTTP_X_FORWARDED_PREFIX" in environ:
-            told = environ["SCRIPT_NAME"].strip("/")
-            environ["SCRIPT_NAME"] = f"/{told}" if told else ""
+            prefix = environ["SCRIPT_NAME"].strip("/")
+            environ["SCRIPT_NAME"] = f"/{prefix}" if prefix else ""
         prefix, path = environ.get("SCRIPT_NAME", ""), environ.get("PATH_INFO", "")
         if prefix and f"{path}/".startswith(f"{prefix}/"):  # a proxy that keeps it
             environ["PATH_INFO"] = path[len(prefix) :]
@@ -3779,10 +3779,9 @@ class UserAPI:
         resource = self.read_head(call)
         if call.method == "OPTIONS":
             return self.show_options(call, resource)
-        found = call.operation
-        if found.takes:
+        if call.operation.takes:
             self.read_body(call)
-        return self.write(call, found) if found.writes else found.run(call)
+        return self.write(call) if call.operation.writes else call.operation.run(call)
 
     def examine(self, environ: Environ) -> None:
         """Raise the Problem that a request is refused for before its body is read."""
@@ -3800,17 +3799,17 @@ class UserAPI:
         call.members = VIEWS[call.view]
         if call.method == "OPTIONS":
             return resource
-        found = operations.get("GET" if call.method == "HEAD" else call.method)
-        if found is None:
+        operation = operations.get("GET" if call.method == "HEAD" else call.method)
+        if operation is None:
             allow = resource.allow
             raise Problem(405, f"this resource has {allow}", headers=[("Allow", allow)])
-        call.operation = found
+        call.operation = operation
         query = call.environ.get("QUERY_STRING")
-        if query and HTML not in found.answers:  # what a page makes of it is its affair
-            call.params = read_query(query, found.params)
-        call.media = choose_media(call, found.answers)
-        if found.takes:
-            call.takes = choose_taken(call, found.takes)
+        if query and HTML not in operation.answers:  # a page reads its own
+            call.params = read_query(query, operation.params)
+        call.media = choose_media(call, operation.answers)
+        if operation.takes:
+            call.takes = choose_taken(call, operation.takes)
         return resource
 
     def show_options(self, call: Call, resource: Resource) -> Answer:
@@ -3844,18 +3843,18 @@ class UserAPI:
         if len(call.body) > most or int(length or 0) > most:
             raise Problem(413, f"{most} bytes are the most that a body may have")
 
-    def write(self, call: Call, found: Operation) -> Answer:
+    def write(self, call: Call) -> Answer:
         """Run an operation that writes: in a transaction, and once for each key."""
         dry, key = call.params.get("dry_run", False), call.header("IDEMPOTENCY_KEY")
         with self.store.transaction(call.actor, keep=not dry):
             if key is None or call.method != "POST":
-                return found.run(call)
+                return call.operation.run(call)
             if dry or not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
                 detail = "is 1 to 255 visible ASCII characters, without dry_run"
                 raise bad_header("Idempotency-Key", detail)
-            return self.write_once(call, found, key)
+            return self.write_once(call, key)
 
-    def write_once(self, call: Call, found: Operation, key: str) -> Answer:
+    def write_once(self, call: Call, key: str) -> Answer:
         """What was answered to this key before, or the operation's answer, kept."""
         environ = call.environ
         place = [call.prefix, call.path, environ.get("QUERY_STRING", "")]
@@ -3863,7 +3862,7 @@ class UserAPI:
         content = hashlib.sha256(f"{call.takes}\n".encode() + call.body).digest()
         kept = self.store.find_retry(whole)
         if kept is None:
-            answer = found.run(call)
+            answer = call.operation.run(call)
             assert isinstance(answer.body, bytes)
             self.store.keep_retry(
                 whole, content, answer.status, answer.headers, answer.body
@@ -3880,9 +3879,9 @@ class UserAPI:
         """Log an unknown fault under an id, and name that id to the client."""
         id = os.urandom(6).hex()
         trace = traceback.format_exception(type(fault), fault, fault.__traceback__)
-        told = f"userapi: fault {id}\n{''.join(trace)}"
+        text = f"userapi: fault {id}\n{''.join(trace)}"
         with contextlib.suppress(Exception):
-            environ["wsgi.errors"].write(told)
+            environ["wsgi.errors"].write(text)
             environ["wsgi.errors"].flush()
         return Problem(500, f"an unknown fault, logged as {id}", id=id)
 
@@ -3896,10 +3895,10 @@ def open_store(
     try:
         return Store(settings.db, unique_mail, settings.keep_changes, on_change)
     except Problem as problem:
-        told = f"{show_db(settings.db)}: {problem.detail}"
+        detail = f"{show_db(settings.db)}: {problem.detail}"
         if why := problem.__cause__ and problem.__cause__.__cause__:  # PostgreSQL's
-            told += f": {' '.join(str(why).split())}"
-        raise Problem(problem.status, told) from problem
+            detail += f": {' '.join(str(why).split())}"
+        raise Problem(problem.status, detail) from problem
 
 
 def problem_answer(problem: Problem) -> Answer:
@@ -3931,9 +3930,9 @@ def choose_taken(call: Call, takes: tuple[str, ...]) -> str:
     media = call.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
     coded = call.environ.get("HTTP_CONTENT_ENCODING")
     if coded or media and media not in takes:
-        told = f"send {' or '.join(takes)}"
-        told = "a Content-Encoding is not taken" if coded else told
-        raise Problem(415, told, headers=[("Accept", ", ".join(takes))])
+        detail = f"send {' or '.join(takes)}"
+        detail = "a Content-Encoding is not taken" if coded else detail
+        raise Problem(415, detail, headers=[("Accept", ", ".join(takes))])
     return media if media in (CSV, NDJSON) else JSON
 
 
@@ -4031,25 +4030,25 @@ HEADERS = {
 }
 
 
-def follows(found: Operation) -> list[Any]:
+def follows(op: Operation) -> list[Any]:
     """The headers and the statuses that follow from what an operation is."""
-    users, writes = found.path.startswith("/user"), found.writes
-    one_user = writes and "<id:id>" in found.path
+    users, writes = op.path.startswith("/user"), op.writes
+    one_user = writes and "<id:id>" in op.path
     there: dict[tuple[Any, ...], Any] = {
         ("If-Match", 412): one_user,
         ("If-None-Match", 412): users and not writes,
-        ("Last-Event-ID", 410): EVENTS in found.answers,
-        ("ETag",): users and found.method != "DELETE",
-        ("Location", "Idempotency-Replayed"): found.method == "POST",
-        ("Link",): "limit" in found.params,
+        ("Last-Event-ID", 410): EVENTS in op.answers,
+        ("ETag",): users and op.method != "DELETE",
+        ("Location", "Idempotency-Replayed"): op.method == "POST",
+        ("Link",): "limit" in op.params,
         (400, 403, 406, 408, 414, 417, 431, 500, 501, 503, 505): True,
-        (401, 429): found.path != "/health",
-        (404,): "<" in found.path or writes and found.method != "POST",
-        (405,): writes and found.path == "/user/<id:id>",  # none of them at /user/0
-        (409,): found.takes if found.shape is USER else found.method == "POST",
-        (411, 413, 415): found.takes,
+        (401, 429): op.path != "/health",
+        (404,): "<" in op.path or writes and op.method != "POST",
+        (405,): writes and op.path == "/user/<id:id>",  # none of them at /user/0
+        (409,): op.takes if op.shape is USER else op.method == "POST",
+        (411, 413, 415): op.takes,
         (422, 507): writes,
-        (428,): one_user and not found.bulk,
+        (428,): one_user and not op.bulk,
     }
     return [each for group, holds in there.items() if holds for each in group]
 
@@ -4136,11 +4135,11 @@ def body_schema(form: str, how: str) -> Item:
 
 def problem_response(status: int) -> Item:
     """What a problem looks like, with an example."""
-    title, told = PROBLEMS[status]
-    example = json.loads(Problem(status, told).body())
+    title, when = PROBLEMS[status]
+    example = json.loads(Problem(status, when).body())
     content = {PROBLEM_JSON: {"schema": ref("Problem"), "example": example}}
-    headers = {name: {"schema": STRING} for name in re.findall("; see (.+)", told)}
-    return {"description": f"{title}: {told}.", "content": content, "headers": headers}
+    headers = {name: {"schema": STRING} for name in re.findall("; see (.+)", when)}
+    return {"description": f"{title}: {when}.", "content": content, "headers": headers}
 
 
 def components() -> Item:
@@ -4156,12 +4155,12 @@ def components() -> Item:
     return {"schemas": schemas, "responses": responses, "securitySchemes": schemes}
 
 
-def body_of(found: Operation, form: str) -> Item:
+def body_of(op: Operation, form: str) -> Item:
     """The request body of an operation, in each media type that it takes."""
-    how = HOW[found.method].title() + "Each" * ("item" not in found.envelopes)
+    how = HOW[op.method].title() + "Each" * ("item" not in op.envelopes)
     item, schema = example_of(FORMS[form], how), ref(f"{form}{how}Body")
     example = {"items": [item]} if how.endswith("Each") else {"item": item}
-    content: Item = {m: {"schema": schema, "example": example} for m in found.takes}
+    content: Item = {m: {"schema": schema, "example": example} for m in op.takes}
     if CSV in content:
         names = [name for name in CSV_MEMBERS if name in item]
         text = csv_lines([names, [item[name] for name in names]]).decode()
@@ -4172,72 +4171,72 @@ def body_of(found: Operation, form: str) -> Item:
     return {"required": True, "content": content}
 
 
-def answer_of(found: Operation, form: str) -> Item:
+def answer_of(op: Operation, form: str) -> Item:
     """Schema and example of what an operation answers in JSON."""
     done = {"code": 0, "message": "SUCCESS"}
-    sample: Item = done if found.writes else SAMPLES.get(found.path, {})
-    if not sample and not found.path.startswith("/user"):
+    sample: Item = done if op.writes else SAMPLES.get(op.path, {})
+    if not sample and not op.path.startswith("/user"):
         return {"schema": {"type": "object"}}
     schema = schema_of(sample)
     members = schema["properties"]
-    if found.path.startswith("/user") and found.method != "DELETE":
+    if op.path.startswith("/user") and op.method != "DELETE":
         sample = {**sample, "results": [example_of(FORMS[form])]}
         members["results"] = {"type": "array", "items": ref(form)}
         schema["required"].append("results")
-    if "limit" in found.params:
+    if "limit" in op.params:
         members["next"] = NULLABLE
-    if "count" in found.params:
+    if "count" in op.params:
         members["total"] = COUNT
-    if CSV in found.takes:  # an import is counted
+    if CSV in op.takes:  # an import is counted
         members.update(dict.fromkeys(COUNTED, COUNT))
         schema["required"].remove("results")
     return {"schema": schema, "example": sample}
 
 
-def responses_of(found: Operation, form: str) -> Item:
+def responses_of(op: Operation, form: str) -> Item:
     """What an operation can answer, by status."""
-    told = follows(found)
-    content = {media.partition(";")[0]: {"schema": STRING} for media in found.answers}
+    due = follows(op)
+    content = {media.partition(";")[0]: {"schema": STRING} for media in op.answers}
     if JSON in content:
-        content[JSON] = answer_of(found, form)
-    headers = {name: {"schema": STRING} for name in EXPOSED.split(", ") if name in told}
-    status, _, done = STATUS[found.status].partition(" ")
+        content[JSON] = answer_of(op, form)
+    headers = {name: {"schema": STRING} for name in EXPOSED.split(", ") if name in due}
+    status, _, done = STATUS[op.status].partition(" ")
     success = {"description": done, "content": content, "headers": headers}
-    known = {"304": {"description": "Not modified"}} if "If-None-Match" in told else {}
-    problems = {str(n): ref(f"Problem{n}", "responses") for n in PROBLEMS if n in told}
+    known = {"304": {"description": "Not modified"}} if "If-None-Match" in due else {}
+    problems = {str(n): ref(f"Problem{n}", "responses") for n in PROBLEMS if n in due}
     return {status: success, **known, **problems}
 
 
-def parameters_of(found: Operation, path: str, form: str) -> Iterator[Item]:
+def parameters_of(op: Operation, path: str, form: str) -> Iterator[Item]:
     """The parameters of an operation: of its path, its query and its header."""
-    id = {**ID, "minimum": 0} if found.name == "get_user" else ID  # 0 are all users
-    told = [("path", n, (id, f"The {n}.")) for n in re.findall("{(.+?)}", path)]
-    told += [("query", name, PARAMS[name]) for name in found.params]
-    told += [("header", n, HEADERS[n]) for n in follows(found) if n in HEADERS]
-    for place, name, (schema, help) in told:
+    id = {**ID, "minimum": 0} if op.name == "get_user" else ID  # 0 are all users
+    described = [("path", n, (id, f"The {n}.")) for n in re.findall("{(.+?)}", path)]
+    described += [("query", name, PARAMS[name]) for name in op.params]
+    described += [("header", n, HEADERS[n]) for n in follows(op) if n in HEADERS]
+    for place, name, (schema, help) in described:
         if place == "query":
-            schema = NARROWED.get((found.method, name), schema)
+            schema = NARROWED.get((op.method, name), schema)
         if name == "fields":
             schema = {**schema, "items": choice(*FORMS[form].names)}
         yield {
             "name": name, "in": place, "description": help, "schema": schema,
-            "required": place == "path" or (name == "id" and found.writes),
+            "required": place == "path" or (name == "id" and op.writes),
             **({"example": 1} if place == "path" else {"explode": False}),
         }  # fmt: skip
 
 
-def describe(found: Operation, path: str, resource: Resource) -> Item:
+def describe(op: Operation, path: str, resource: Resource) -> Item:
     """The OpenAPI operation that an operation is at a resource."""
-    form = found.shape.name.title() + resource.view.upper() * (found.shape is USER)
+    form = op.shape.name.title() + resource.view.upper() * (op.shape is USER)
     tags = {"/user": FORMS[form].plural, "/chan": "changes"}
     return {
-        "operationId": found.name + resource.base[4:].replace("/", "_"),
-        "summary": found.summary,
-        "description": found.summary + IDEMPOTENCY_KEY * (found.method == "POST"),
-        "tags": [tags.get(found.path[:5], "service")],
-        "parameters": list(parameters_of(found, path, form)),
-        "responses": responses_of(found, form),
-        **({"requestBody": body_of(found, form)} if found.takes else {}),
+        "operationId": op.name + resource.base[4:].replace("/", "_"),
+        "summary": op.summary,
+        "description": op.summary + IDEMPOTENCY_KEY * (op.method == "POST"),
+        "tags": [tags.get(op.path[:5], "service")],
+        "parameters": list(parameters_of(op, path, form)),
+        "responses": responses_of(op, form),
+        **({"requestBody": body_of(op, form)} if op.takes else {}),
     }
 
 
@@ -4246,9 +4245,9 @@ def openapi(prefix: str = "") -> Item:
     paths: Item = {}
     for route, resource in find_resources().items():
         path = re.sub("<(.+?):id>", r"{\1}", route)
-        told = resource.operations.items()
-        paths[path] = {m.lower(): describe(found, path, resource) for m, found in told}
-    tags = {told["tags"][0]: None for each in paths.values() for told in each.values()}
+        there = resource.operations.items()
+        paths[path] = {m.lower(): describe(op, path, resource) for m, op in there}
+    tags = {spec["tags"][0]: None for each in paths.values() for spec in each.values()}
     about = (__doc__ or "").split("\n\n")[1].replace("\n", " ")
     about += " Every GET also answers HEAD, and every URI OPTIONS, with Allow."
     info: Item = {"title": "userapi", "version": __version__, "description": about}
@@ -4307,9 +4306,9 @@ def script(event: str, text: str) -> Item:
     return {"listen": event, "script": {"type": "text/javascript", "exec": lines}}
 
 
-def checks_of(told: Item) -> Item:
+def checks_of(spec: Item) -> Item:
     """The test of a call: that it has the first of the answers that are told of it."""
-    status, answer = next(iter(told["responses"].items()))
+    status, answer = next(iter(spec["responses"].items()))
     media, content = next(iter(answer["content"].items()))
     members = {**content["schema"].get("properties", {}), "results": {}}
     schema = json.dumps({**content["schema"], "properties": members})
@@ -4317,11 +4316,11 @@ def checks_of(told: Item) -> Item:
     return script("test", CHECKS % (status, status, media, is_json, schema))
 
 
-def postman_call(method: str, path: str, told: Item, id: str = "{{user}}") -> Item:
+def postman_call(method: str, path: str, spec: Item, id: str = "{{user}}") -> Item:
     """The request that an operation of the OpenAPI document is in Postman."""
     at, own = path.format(id=id, n=1), "1" if "/{id}" in path else "{{user}}"
     sent: dict[str, list[Item]] = {"path": [], "query": [], "header": []}
-    for each in told["parameters"]:
+    for each in spec["parameters"]:
         value = own if each["required"] else {"If-Match": "*"}.get(each["name"], "")
         pair = {"key": each["name"], "value": value, "disabled": not value}
         sent[each["in"]].append({**pair, "description": each["description"]})
@@ -4329,24 +4328,24 @@ def postman_call(method: str, path: str, told: Item, id: str = "{{user}}") -> It
     url: Item = {"host": ["{{baseUrl}}"], "path": at[1:].split("/"), "query": query}
     needed = "".join(f"?{pair['key']}={own}" for pair in query if pair["value"])
     url["raw"] = "{{baseUrl}}" + at + needed
-    about = f"{told['summary']} Answers {', '.join(told['responses'])}."
+    about = f"{spec['summary']} Answers {', '.join(spec['responses'])}."
     request = {"method": method.upper(), "url": url, "header": header}
     request["description"] = about
-    if "requestBody" in told:
-        media, content = next(iter(told["requestBody"]["content"].items()))
+    if "requestBody" in spec:
+        media, content = next(iter(spec["requestBody"]["content"].items()))
         header.append({"key": "Content-Type", "value": media})
         body = json.dumps(content["example"], indent=2, ensure_ascii=False)
         body = body.replace('"id": 1', f'"id": {own}')
         request["body"] = {"mode": "raw", "raw": body}
     name = f"{method.upper()} {at}"
-    return {"name": name, "request": request, "event": [checks_of(told)]}
+    return {"name": name, "request": request, "event": [checks_of(spec)]}
 
 
 def postman(url: str = "http://127.0.0.1:8080") -> Item:
     """The Postman 2.1 collection: the tutorial's calls, then the rest in folders."""
     paths = openapi()["paths"].items()
-    told = [(m, path, each) for path, found in paths for m, each in found.items()]
-    by_id = {each["operationId"]: (method, path, each) for method, path, each in told}
+    specs = [(m, path, each) for path, found in paths for m, each in found.items()]
+    by_id = {each["operationId"]: (method, path, each) for method, path, each in specs}
     calls = [postman_call(*by_id.pop(name), id) for name, id in TUTORIAL.items()]
     folders: dict[str, list[Item]] = {}
     for method, path, each in by_id.values():
@@ -4895,9 +4894,9 @@ def get_reference(call: Call) -> Answer:
     """The OpenAPI document as a page."""
     prefix, links, articles = call.prefix, "", ""
     for path, methods in openapi(prefix)["paths"].items():
-        for method, told in methods.items():
+        for method, spec in methods.items():
             if not re.match("/api/(?!v2/)", path):
-                values = operation_values(prefix, method.upper(), path, told)
+                values = operation_values(prefix, method.upper(), path, spec)
                 links += DOCS_LINK.format_map(values)
                 articles += DOCS_ARTICLE.format_map(values)
     body = DOCS_HTML.format(prefix=html.escape(prefix), links=links, articles=articles)
@@ -4905,17 +4904,17 @@ def get_reference(call: Call) -> Answer:
     return html_answer(style, DOCS_SCRIPT, title=title, about="", body=body)
 
 
-def operation_values(prefix: str, method: str, path: str, told: Item) -> Item:
+def operation_values(prefix: str, method: str, path: str, spec: Item) -> Item:
     """What the article of an operation shows, by name, as HTML."""
     curl, body = f"curl -X {method} http://127.0.0.1:8080{prefix}{path}", ""
-    if "requestBody" in told:
-        sent = told["requestBody"]["content"][JSON]["example"]
+    if "requestBody" in spec:
+        sent = spec["requestBody"]["content"][JSON]["example"]
         curl += f" -H 'Content-Type: {JSON}' -d '{to_json(sent).decode()}'"
         text = json.dumps(sent, indent=2, ensure_ascii=False)
         body = DOCS_BODY.format(html.escape(text))
-    values = {**told, "prefix": prefix, "method": method, "path": path, "curl": curl}
-    values["answers"] = ", ".join(told["responses"])
-    fields = [escaped({"example": "", **each}) for each in told["parameters"]]
+    values = {**spec, "prefix": prefix, "method": method, "path": path, "curl": curl}
+    values["answers"] = ", ".join(spec["responses"])
+    fields = [escaped({"example": "", **each}) for each in spec["parameters"]]
     inputs = "".join(map(DOCS_INPUT.format_map, fields))
     return {**escaped(values), "inputs": inputs, "body": body}
 
@@ -5182,8 +5181,8 @@ class Connection(asyncio.Protocol):
             raise Problem(400, "Host is missing")
         if line.authority is not None:
             environ["HTTP_HOST"] = line.authority
-        if told := environ.get("HTTP_CONNECTION"):
-            tokens = [token.strip() for token in told.lower().split(",")]
+        if value := environ.get("HTTP_CONNECTION"):
+            tokens = [token.strip() for token in value.lower().split(",")]
             keep = line.modern or "keep-alive" in tokens
             environ["userapi.keep"] = keep and "close" not in tokens
         self.environ = environ
@@ -5548,7 +5547,7 @@ class Server:
         self.committing = self.stopping = self.waking = self.logging = False
         self.bodies = 0
         self.lines: list[str] = []
-        self.told: set[str] = set()
+        self.seen: set[str] = set()
         app.metrics.connections = lambda: len(self.connections)
         self.base: Environ = {
             "SCRIPT_NAME": "",
@@ -5714,7 +5713,7 @@ class Server:
         self.clock = time.strftime("%d/%b/%Y:%H:%M:%S %z")
         date = formatdate(usegmt=True).encode()
         self.date = b"Date: %b\r\nServer: userapi\r\n" % date
-        self.told.clear()
+        self.seen.clear()
         for connection in list(self.connections):
             connection.sweep(now)
         if self.store.waiting:
@@ -5734,8 +5733,16 @@ class Server:
         referer = environ.get("HTTP_REFERER", "-")
         agent = environ.get("HTTP_USER_AGENT", "-")
         if self.settings.log == "json":
-            told = (utc_now(), peer, actor, request, int(status), sent, round(took, 2))
-            self.lines.append(json.dumps(dict(zip(TOLD, (*told, referer, agent)))))
+            values = (
+                utc_now(),
+                peer,
+                actor,
+                request,
+                int(status),
+                sent,
+                round(took, 2),
+            )
+            self.lines.append(json.dumps(dict(zip(TOLD, (*values, referer, agent)))))
             return
         self.lines.append(
             f"{peer} - {actor or '-'} [{self.clock}] {quoted(request)} {status} {sent}"
@@ -5795,8 +5802,8 @@ class Server:
 
     def tell(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Asyncio's own troubles, of a thousand alike one a second."""
-        if context["message"] not in self.told:
-            self.told.add(context["message"])
+        if context["message"] not in self.seen:
+            self.seen.add(context["message"])
             loop.default_exception_handler(context)
 
     async def listen(self, sockets: list[socket.socket]) -> list[asyncio.Server]:
@@ -5942,13 +5949,13 @@ def serve(app: UserAPI, **settings: Any) -> None:
     url = server_url(app.settings, sockets[0])
     server.base["SERVER_PORT"] = str(url.rpartition(":")[2].rstrip("/"))
     users = app.store.count_users()
-    told = (
+    text = (
         f"userapi {__version__} on {url} · {show_db(app.settings.db)}, {users}"
         f" user{'s' * (users != 1)} · "
         + ("token needed" if app.guard.configured else "no token: this host only")
     )
-    line = functools.partial(print, told, file=sys.stderr, flush=True)
-    asyncio.run(server.run(sockets, line))
+    ready = functools.partial(print, text, file=sys.stderr, flush=True)
+    asyncio.run(server.run(sockets, ready))
 
 
 def refuse_exposed(settings: Settings) -> None:
@@ -6032,8 +6039,8 @@ class Progress:
             return
         self.shown, took = now, now - self.began
         left = took * (1 - share) / share if share else 0.0
-        told = f"{count} {self.unit}, {count / took:.0f}/s, {left:.0f} s left"
-        bar = f"\r[{'#' * int(share * 30):30}] {told} "
+        text = f"{count} {self.unit}, {count / took:.0f}/s, {left:.0f} s left"
+        bar = f"\r[{'#' * int(share * 30):30}] {text} "
         print(bar, end="", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
@@ -6189,9 +6196,9 @@ def build_parser() -> Any:
     parser = argparse.ArgumentParser("userapi", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (told, _, arguments) in COMMANDS.items():
+    for name, (help, _, arguments) in COMMANDS.items():
         made = commands.add_parser(
-            name, help=told, description=told, allow_abbrev=False
+            name, help=help, description=help, allow_abbrev=False
         )
         add_settings(made, FLAGS if name == "serve" else STORE_SETTINGS)
         for argument, options in arguments.items():
@@ -6202,14 +6209,14 @@ def build_parser() -> Any:
 def add_settings(parser: Any, names: Names) -> None:
     import argparse
 
-    for name, default, told, *_ in SETTINGS:
+    for name, default, help, *_ in SETTINGS:
         flag = f"--{name.replace('_', '-')}"
         if name in names and isinstance(default, bool):
             # with --no-… as well: a flag beats the variable
             action = argparse.BooleanOptionalAction
-            parser.add_argument(flag, action=action, help=told)
+            parser.add_argument(flag, action=action, help=help)
         elif name in names:
-            meaning = f"{told} ({default})" if default else told
+            meaning = f"{help} ({default})" if default else help
             parser.add_argument(flag, metavar=name.upper(), help=meaning)
 
 
