@@ -778,6 +778,7 @@ DAY = 24 * 60 * 60
 RETRIES = 64 << 20  # bytes of answers that are kept for retries, the last ones
 TABLES = {"users": USER, "user_phone": PHONE, "user_address": ADDRESS}
 ORIGINAL = ["user_id", "user_name", "user_mail"]  # the first application's columns
+BEGIN = "BEGIN IMMEDIATE"  # not to find out at the first write that it is too late
 _NOW = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
 _LAST_SEQ = "coalesce((SELECT max(seq) FROM changes), 0)"
 _BOTH = """'["name", "mail"]'"""
@@ -1358,7 +1359,7 @@ class Database:
         """Take the schema to what this version wants, in one transaction."""
         if not any(self._wanted(db)):
             return
-        db.execute("BEGIN IMMEDIATE")
+        db.execute(BEGIN)
         try:
             while statements := list(self._wanted(db)):
                 for statement in statements:
@@ -1460,7 +1461,7 @@ class Database:
             return group
         db = self._take()
         try:
-            db.execute("BEGIN IMMEDIATE")
+            db.execute(BEGIN)
         except sqlite3.Error:
             self._give(db)
             raise
@@ -1668,7 +1669,7 @@ class Database:
         try:
             if wait:
                 self._group.execute("PRAGMA busy_timeout = 5000")
-            self._group.execute("BEGIN IMMEDIATE")
+            self._group.execute(BEGIN)
             self._highest, self._turn.now = None, utc_now()
             self._write_soon(self._group)
         except DATABASE_FAULTS as fault:
@@ -2464,7 +2465,6 @@ def refuse_missing(kind: str, ids: Iterable[int], there: Iterable[int]) -> None:
 
 # What PostgreSQL does otherwise
 
-BEGIN = "BEGIN IMMEDIATE"
 #: from SQLite's words (patterns) to PostgreSQL's; `/*pg …*/` is for the latter alone.
 #: To write takes a lock: one at a time, and nobody who stands still for long.
 DIALECT = (
@@ -2568,7 +2568,7 @@ class Postgres:
                 self.open()
             run: Any = self.copy if sql.startswith("COPY") else self.raw.execute
             found = run(text, values or None)
-            self.in_transaction = self.in_transaction or begins
+            self.in_transaction |= begins
             return found
         except self.driver.OperationalError as lost:
             if again and not inside and self.until and self.raw.closed:
@@ -2601,8 +2601,8 @@ class PostgresStore(Store):
         raise Problem(503, "backup copies a file: for PostgreSQL there is pg_dump")
 
     def sizes(self) -> dict[str, int]:
-        sql = "SELECT pg_database_size(current_database())"
-        return {"database": self.rows(sql)[0][0]}
+        sql = "SELECT 'database', pg_database_size(current_database())"
+        return dict(self.rows(sql))
 
 
 # ── Operations ────────────────────────────────────────────────────────────────────
