@@ -37,7 +37,7 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 import webtest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import userapi
@@ -4813,6 +4813,37 @@ def test_a_request_target(method, target, wanted):
     assert what_is_read(userapi.parse_target, method, target) == wanted
 
 
+PIPELINED = (
+    b"GET /a?b HTTP/1.1\r\nHost: h\r\n\r\n"
+    b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\n12345"
+    b"POST /b HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"3;x=y\r\nabc\r\n00a\r\n0123456789\r\n0\r\nX: y\r\n\r\n"
+    b"PUT /c HTTP/1.0\r\nContent-Length: 0\r\n\r\n"
+)
+ARE_READ = [
+    ("GET", "/a", None),
+    ("POST", "/a", b"12345"),
+    ("POST", "/b", b"abc0123456789"),
+    ("PUT", "/c", None),
+]
+
+
+@REPEATABLE
+@given(st.sets(st.integers(1, len(PIPELINED) - 1)))
+@example(set(range(1, len(PIPELINED))))
+def test_requests_are_the_same_however_they_arrive(scratch, cuts):
+    parser = userapi.Parser(userapi.Server(scratch.app), "127.0.0.1")
+    found = []
+    for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), None]):
+        parser.buffer += PIPELINED[start:end]
+        while environ := parser.next_request():
+            body = environ["wsgi.input"].read() if "CONTENT_LENGTH" in environ else b""
+            found.append(
+                (environ["REQUEST_METHOD"], environ["PATH_INFO"], body or None)
+            )
+    assert found == ARE_READ and parser.is_idle()
+
+
 @pytest.fixture(scope="module")
 def server(template, tmp_path_factory):
     """A real server, for rows that change nothing: its URL."""
@@ -4925,7 +4956,7 @@ def test_a_limit_counts_the_same_wherever_a_piece_ends(db, first, rest, limits):
     first, rest = (piece.replace("|", "\r\n").encode() for piece in (first, rest))
     with hosting(UserAPI(str(db), **limits)) as (server, url), dial(url) as sock:
         sock.sendall(first)
-        wait_until(lambda: first in [one.buffer for one in server.connections])
+        wait_until(lambda: first in [one.parser.buffer for one in server.connections])
         sock.sendall(rest)
         assert statuses(hear(sock)) in ([200], [404])
 
@@ -5157,7 +5188,7 @@ def test_what_is_not_done_in_time_is_given_up(db, monkeypatch):
     with hosting(UserAPI(str(db))) as (server, url), dial(url) as sock:
         sock.sendall(JSON_POST.replace("|", "\r\n").encode())
         sock.sendall(b"Content-Length: 50\r\n\r\nhalf")
-        wait_until(lambda: [one for one in server.connections if one.body])
+        wait_until(lambda: [one for one in server.connections if one.parser.body])
         server.loop.call_soon_threadsafe(server.stop)
         assert hear(sock) == b""
 

@@ -5031,119 +5031,47 @@ def refuse_unless(well: bool, what: str) -> None:
         raise Problem(400, f"{what} is malformed")
 
 
-class Connection(asyncio.Protocol):
-    """One client: bytes to requests, answers to bytes, in order (RFC 9112)."""
+class Parser:
+    """What one client sends, taken apart into requests (RFC 9112).
 
-    def __init__(self, server: Server) -> None:
-        self.server, self.settings = server, server.settings
-        self.buffer = b""
-        self.outgoing = b""  # answers that leave at the end of the turn
+    Methods raise Problem where it cannot be read any further.
+    """
+
+    def __init__(self, server: Server, peer: str) -> None:
+        self.server, self.settings, self.peer = server, server.settings, peer
+        self.buffer = b""  # what has arrived and has not been read
         self.section = b"\0"  # the last header section
         self.fields: Environ = {}  # what it says, and what all requests here share
         self.begun = False  # a part of a head has arrived
         self.environ: Environ | None = None  # the head of a request under way
+        self.invites = False  # its client waits to be told to send the body
         self.body: bytearray | None = None
         self.missing = 0  # bytes of the body, or of the chunk, that are to come
         self.chunked = False
-        self.busy = False  # a request is being answered
-        self.working = False  # requests are being read, or will be in the next turn
-        self.closing = False  # no further request will be read
-        self.refused = False  # a request was not read to its end
-        self.paused = False  # the client does not take what is written
-        self.ended = False  # the client will send no more
-        self.full = False  # so much has been read ahead that reading is paused
-        self.stream: Iterator[bytes] | None = None
         self.held = 0  # bytes counted in server.bodies
-        self.written = self.taken = 0
-        self.deadline = time.monotonic() + server.settings.idle_timeout
+        self.deadline = time.monotonic() + self.settings.idle_timeout
 
-    # What asyncio calls
+    def is_idle(self) -> bool:
+        """Whether nothing of a request has arrived."""
+        return self.environ is None and not self.buffer
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        peer = transport.get_extra_info("peername")
-        self.peer = peer[0] if isinstance(peer, tuple) else "127.0.0.1"
-        self.server.connections.add(self)
-        if len(self.server.connections) > self.settings.max_connections:
-            self.refuse(busy("too many connections"))
-
-    def connection_lost(self, fault: Exception | None) -> None:
-        self.server.connections.discard(self)
-        self.server.sleeping.discard(self)
-        self.closing = True
-        self.release()
-        if self.stream is not None:  # the client has left it
-            self.server.note(self.streamed)
-        self.end_stream()
-
-    def data_received(self, data: bytes) -> None:
-        if self.closing:
-            return
-        self.buffer = self.buffer + data if self.buffer else data
-        if self.busy or self.paused or self.working:
-            if len(self.buffer) > READ_SIZE:
-                self.full = True
-                self.transport.pause_reading()
-            return
-        self.work()
-
-    def eof_received(self) -> bool:
-        self.ended = True
-        if not self.busy and not self.paused and not self.working:
-            self.work()
-        return self.can_half_close()
-
-    def can_half_close(self) -> bool:
-        return self.transport.can_write_eof()
-
-    def pause_writing(self) -> None:
-        self.paused = True
-
-    def resume_writing(self) -> None:
-        self.paused = False
-        self.server.loop.call_soon(self.pump if self.stream else self.work)
-
-    # Requests
-
-    def work(self) -> None:
-        """Answer the requests that have arrived, in order; many in several turns."""
-        self.working = True
-        for _ in range(BURST):
-            if not self.buffer or self.busy or self.closing or self.paused:
-                break
-            if not self.answer_next():
-                break
-        else:
-            self.server.loop.call_soon(self.work)
-            return
-        self.working = False
-        if self.ended and not self.busy and not self.paused:
-            self.close()
-        elif self.full and not self.busy and len(self.buffer) < READ_SIZE:
-            self.full = False
-            self.resume()
-
-    def answer_next(self) -> bool:
-        """Answer the next request; False while it is not all there, or is refused."""
-        try:
-            if self.environ is None and not self.read_head() or not self.read_body():
-                return False
-        except Problem as problem:
-            self.refuse(problem)
-            return False
+    def next_request(self) -> Environ | None:
+        """The environment of the next request; None while it is not all there."""
+        if self.environ is None and not self.read_head() or not self.read_body():
+            return None
         environ, self.environ = self.environ, None
         body, self.body = self.body, None
-        assert environ is not None
-        if body is not None:
+        if environ is not None and body is not None:
             environ["CONTENT_LENGTH"] = str(len(body))
             environ["wsgi.input"] = io.BytesIO(body)
-        self.busy = True
-        if environ["REQUEST_METHOD"] in self.server.direct or not self.server.group:
-            self.answer(environ, self.call(environ))
-        else:
-            self.server.enqueue(self, environ)
-        return True
+        return environ
+
+    def give_up(self) -> Environ:
+        """What is known of the request under way, which is not read any further."""
+        known, self.environ = self.environ or {}, None
+        self.release()
+        environ = {"REQUEST_METHOD": "-", "SERVER_PROTOCOL": "HTTP/1.1"}
+        return {**environ, **self.server.base, "REMOTE_ADDR": self.peer, **known}
 
     def read_head(self) -> bool:
         """Take a head out of the buffer; False while it is not all there."""
@@ -5211,7 +5139,7 @@ class Connection(asyncio.Protocol):
             if modern and "HTTP_EXPECT" in environ and not self.buffer:
                 if not self.server.remote:  # there the guard may wait for the database
                     self.server.app.examine(environ)
-                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.invites = True
 
     def hold(self, size: int) -> None:
         """Count bytes of a body that are to be kept. Raises Problem 413, 503."""
@@ -5240,37 +5168,45 @@ class Connection(asyncio.Protocol):
 
     def read_chunks(self, body: bytearray) -> bool:
         """Take chunks out of the buffer (RFC 9112 §7.1); False before the last."""
-        buffer, at = self.buffer, 0
-        try:
-            while True:
-                if self.missing > 2:  # what is left of a chunk, with its CR LF
-                    part = buffer[at : at + self.missing - 2]
-                    body += part
-                    at += len(part)
-                    self.missing -= len(part)
-                end = buffer.find(b"\r\n", at, at + 1024 + self.missing)
-                if self.missing and end != at:
-                    refuse_unless(buffer[at : at + 2] in (b"", b"\r"), "a chunk")
-                    return False
-                if self.missing:
-                    at += 2
-                    self.missing = 0
-                    continue
-                if end < 0:
-                    refuse_unless(len(buffer) - at < 1024, "a chunk's line")
-                    refuse_unless(not BARE.search(buffer, at), "a chunk's line")
-                    return False
-                match = CHUNK_LINE.fullmatch(buffer, at, end)
-                refuse_unless(match is not None, "a chunk's line")
-                size = int(match[1], 16)  # type: ignore[index]
-                if not size:
-                    at = self.read_trailers(buffer, at, end)
-                    return at > end
-                self.hold(size)
-                self.missing = size + 2
-                at = end + 2
-        finally:
-            self.buffer = buffer[at:]
+        buffer, at, before = self.buffer, 0, -1
+        while self.chunked and at != before:
+            before = at
+            if self.missing:
+                at = self.read_chunk(buffer, at, body)
+            else:
+                at = self.read_chunk_line(buffer, at)
+        self.buffer = buffer[at:]
+        return not self.chunked
+
+    def read_chunk(self, buffer: bytes, at: int, body: bytearray) -> int:
+        """Take what is there of a chunk, and its CR LF; where that ends."""
+        part = buffer[at : at + self.missing - 2]
+        body += part
+        at += len(part)
+        self.missing -= len(part)
+        if self.missing == 2:
+            end = buffer[at : at + 2]
+            refuse_unless(b"\r\n".startswith(end), "a chunk")
+            if len(end) == 2:
+                self.missing = 0
+                at += 2
+        return at
+
+    def read_chunk_line(self, buffer: bytes, at: int) -> int:
+        """Take a chunk's line, behind the last one the trailers; where that ends."""
+        end = buffer.find(b"\r\n", at, at + 1024)
+        if end < 0:
+            short = len(buffer) - at < 1024
+            refuse_unless(short and not BARE.search(buffer, at), "a chunk's line")
+            return at
+        match = CHUNK_LINE.fullmatch(buffer, at, end)
+        refuse_unless(match is not None, "a chunk's line")
+        size = int(match[1], 16)  # type: ignore[index]
+        if not size:
+            return self.read_trailers(buffer, at, end)
+        self.hold(size)
+        self.missing = size + 2
+        return end + 2
 
     def read_trailers(self, buffer: bytes, start: int, line_end: int) -> int:
         """Where the request ends; `start`, its last chunk's, while it does not."""
@@ -5283,7 +5219,114 @@ class Connection(asyncio.Protocol):
             return start
         well = SECTION.fullmatch(trailers) and not FRAMING.search(trailers)
         refuse_unless(bool(well), "a trailer")
+        self.chunked = False
         return end + 4
+
+
+class Connection(asyncio.Protocol):
+    """One client: its requests are answered one by one, in order (RFC 9112)."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.settings = server, server.settings
+        self.outgoing = b""  # answers that leave at the end of the turn
+        self.busy = False  # a request is being answered
+        self.working = False  # requests are being read, or will be in the next turn
+        self.closing = False  # no further request will be read
+        self.refused = False  # a request was not read to its end
+        self.paused = False  # the client does not take what is written
+        self.ended = False  # the client will send no more
+        self.full = False  # so much has been read ahead that reading is paused
+        self.stream: Iterator[bytes] | None = None
+        self.chunked = False  # is how the stream is sent
+        self.written = self.taken = 0
+
+    # What asyncio calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        peer = transport.get_extra_info("peername")
+        known = peer[0] if isinstance(peer, tuple) else "127.0.0.1"
+        self.parser = Parser(self.server, known)
+        self.server.connections.add(self)
+        if len(self.server.connections) > self.settings.max_connections:
+            self.refuse(busy("too many connections"))
+
+    def connection_lost(self, fault: Exception | None) -> None:
+        self.server.connections.discard(self)
+        self.server.sleeping.discard(self)
+        self.closing = True
+        self.parser.release()
+        if self.stream is not None:  # the client has left it
+            self.server.note(self.streamed)
+        self.end_stream()
+
+    def data_received(self, data: bytes) -> None:
+        if self.closing:
+            return
+        parser = self.parser
+        parser.buffer = parser.buffer + data if parser.buffer else data
+        if self.busy or self.paused or self.working:
+            if len(parser.buffer) > READ_SIZE:
+                self.full = True
+                self.transport.pause_reading()
+            return
+        self.work()
+
+    def eof_received(self) -> bool:
+        self.ended = True
+        if not self.busy and not self.paused and not self.working:
+            self.work()
+        return self.can_half_close()
+
+    def can_half_close(self) -> bool:
+        return self.transport.can_write_eof()
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        self.server.loop.call_soon(self.pump if self.stream else self.work)
+
+    # Requests
+
+    def work(self) -> None:
+        """Answer the requests that have arrived, in order; many in several turns."""
+        self.working = True
+        for _ in range(BURST):
+            if self.busy or self.closing or self.paused or not self.parser.buffer:
+                break
+            if not self.answer_next():
+                break
+        else:
+            self.server.loop.call_soon(self.work)
+            return
+        self.working = False
+        if self.ended and not self.busy and not self.paused:
+            self.close()
+        elif self.full and not self.busy and len(self.parser.buffer) < READ_SIZE:
+            self.full = False
+            self.resume()
+
+    def answer_next(self) -> bool:
+        """Answer the next request; False while it is not all there, or is refused."""
+        try:
+            environ = self.parser.next_request()
+        except Problem as problem:
+            self.refuse(problem)
+            return False
+        if environ is None:
+            if self.parser.invites:
+                self.parser.invites = False
+                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            return False
+        self.busy = True
+        if environ["REQUEST_METHOD"] in self.server.direct or not self.server.group:
+            self.answer(environ, self.call(environ))
+        else:
+            self.server.enqueue(self, environ)
+        return True
 
     # Answers
 
@@ -5423,14 +5466,15 @@ class Connection(asyncio.Protocol):
 
     def finish(self, environ: Environ) -> None:
         """An answer is out: note it, and go on with the connection."""
+        parser = self.parser
         self.server.note(environ)
-        if self.held:
-            self.release()
+        if parser.held:
+            parser.release()
         self.busy = False
-        self.deadline = time.monotonic() + self.settings.idle_timeout
+        parser.deadline = time.monotonic() + self.settings.idle_timeout
         if self.closing:
             self.hang_up()
-        elif self.server.stopping or self.ended and not self.buffer:
+        elif self.server.stopping or self.ended and not parser.buffer:
             self.close()
         elif not self.working:
             self.server.loop.call_soon(self.work)
@@ -5439,18 +5483,14 @@ class Connection(asyncio.Protocol):
         """Answer a request that cannot be read further, and close."""
         self.closing = self.refused = True
         self.busy = False
-        self.release()
-        environ = self.environ or {"SERVER_PROTOCOL": "HTTP/1.1", **self.server.base}
-        environ.setdefault("REQUEST_METHOD", "-")
-        environ.update({"userapi.keep": False, "REMOTE_ADDR": self.peer})
-        environ.setdefault("userapi.began", time.perf_counter())
-        self.environ = None
+        environ = self.parser.give_up()
+        environ.update({"userapi.keep": False, "userapi.began": time.perf_counter()})
         self.answer(environ, self.server.failed(problem, environ))
 
     def hang_up(self) -> None:
         """Half-close, and drop for a moment what still comes: a reset at once would
         take the answer with it. TLS cannot do that, and waits where more may come."""
-        more, self.buffer = self.refused or self.buffer, b""
+        more, self.parser.buffer = self.refused or self.parser.buffer, b""
         self.send_out()
         if self.ended or not (more or self.can_half_close()):
             self.transport.close()
@@ -5481,11 +5521,11 @@ class Connection(asyncio.Protocol):
             taken = self.written - self.unsent()
             if taken != self.taken or not self.unsent():
                 self.taken = taken
-                self.deadline = now + self.settings.send_timeout
-            elif now > self.deadline:
+                self.parser.deadline = now + self.settings.send_timeout
+            elif now > self.parser.deadline:
                 self.transport.abort()
-        elif now > self.deadline and not self.closing:
-            if self.environ is None and not self.buffer:
+        elif now > self.parser.deadline and not self.closing:
+            if self.parser.is_idle():
                 self.transport.close()
             else:
                 self.refuse(Problem(408, "the request took too long to arrive"))
@@ -5843,8 +5883,8 @@ class Server:
         while time.monotonic() < end:
             begun = self.committing or bool(self.waiting)
             for connection in list(self.connections):
-                idle = connection.environ is None and not connection.buffer
-                if connection.busy or connection.unsent() or not idle:
+                idle = connection.parser.is_idle() and not connection.busy
+                if not idle or connection.unsent():
                     begun = True
                 elif not connection.closing:
                     connection.transport.close()
