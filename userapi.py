@@ -235,9 +235,13 @@ def read_token(path: str) -> str:
     return token
 
 
+def is_file(db: str) -> bool:
+    """Whether the setting names a file."""
+    return db != ":memory:" and not db.startswith(POSTGRESQL)
+
+
 def is_missing(db: str) -> bool:
-    """Whether the database is a file that is not there."""
-    return not db.startswith((":memory:", *POSTGRESQL)) and not os.path.exists(db)
+    return is_file(db) and not os.path.exists(db)
 
 
 def show_db(db: str) -> str:
@@ -1195,6 +1199,78 @@ def whole_file(path: str, db: str) -> Iterator[str]:
             os.remove(part)
 
 
+class Disk:
+    """The room that a database's file, and the log beside it, have to grow in."""
+
+    low = False  # little is left: look at each write
+    _identity: tuple[int, int] | None = None  # of the file that was opened
+
+    def __init__(self, path: str) -> None:
+        self.path, self.in_file = path, is_file(path)
+
+    def room(self) -> int:
+        """Bytes that the file may grow by, on the disk and by the process's limit,
+        without those that are spared for the log and for deleting."""
+        if not self.in_file or not hasattr(os, "statvfs"):
+            return sys.maxsize
+        import resource
+
+        disk = os.statvfs(os.path.dirname(self.path) or ".")
+        room, whole = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if limit != resource.RLIM_INFINITY:
+            room = min(room, limit - os.path.getsize(self.path))
+            whole = min(whole, limit)
+        return room - min(SPARE, whole // 3)
+
+    def size(self) -> int:
+        """The size of the database's file, which must be the one that was opened."""
+        if not self.in_file:
+            return 0
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            raise busy("the database's file is gone", 5) from None
+        if self._identity not in (None, (found.st_dev, found.st_ino)):
+            raise busy("the database's file was replaced: start again", 60)
+        self._identity = found.st_dev, found.st_ino
+        return found.st_size
+
+    def require_room(self, db: sqlite3.Connection, frees: bool) -> int:
+        """How much room there is. Refuses new pages if a checkpoint would find no room
+        for them: Problem 507.
+
+        They stand in the log first, hence twice. What adds no page passes, so that
+        deleting helps, and what it has freed can be used again.
+        """
+        size, room = self.size(), self.room()
+        if self.in_file and not frees:
+            ((pages,),) = db.execute("PRAGMA page_count")
+            ((page_size,),) = db.execute("PRAGMA page_size")
+            growth = pages * page_size - size
+            if growth > 0 and room < 2 * growth:
+                raise Problem(507, DISK_FULL, headers=[("Retry-After", "5")])
+        return room
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the database and its write-ahead log."""
+        sizes = {}
+        for name, end in (("database", ""), ("wal", "-wal")):
+            with contextlib.suppress(OSError):
+                sizes[name] = os.path.getsize(self.path + end)
+        return sizes
+
+    def make_room(self, db: sqlite3.Connection, room: int = 0) -> None:
+        """Where little room is left, give back what the log takes of it. It is looked
+        up unless there was plenty just now."""
+        if room < PLENTY:
+            room = self.room()
+        self.low = room < LOW
+        if room < PLENTY and room < 8 * self.sizes().get("wal", 0):
+            with contextlib.suppress(sqlite3.Error):
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
 class Database:
     """A SQLite file: how it is opened, read, written to and kept.
 
@@ -1210,9 +1286,6 @@ class Database:
     _group: sqlite3.Connection | None = None
     _group_thread, _in_group = 0, False
     _highest: int | None = None  # id; while the database is ours to write
-    _identity: tuple[int, int] | None = None  # of the file that was opened
-    _page_size = 0
-    _low = False  # little room is left: look at each write
 
     def __init__(
         self,
@@ -1224,7 +1297,7 @@ class Database:
         self.path, self.unique_mail = path, unique_mail
         self.keep_changes, self.on_change = keep_changes, on_change
         self.memory = path == ":memory:"
-        self.in_file = not path.startswith((":memory:", *POSTGRESQL))
+        self.disk = Disk(path)
         self._lock = threading.Lock()  # of the one connection to what is in memory
         self._scope = Scope()
         self._pool: list[sqlite3.Connection] = []  # that nobody uses
@@ -1235,14 +1308,14 @@ class Database:
             )
         self._turn = Transaction(self)
         self._soon: set[tuple[str, tuple[Any, ...]]] = set()
-        if self.in_file:
+        if self.disk.in_file:
             self._refuse_foreign()
         try:
             self._pool.append(self._prepare())
         except DATABASE_FAULTS as fault:
             raise database_problem(fault) from fault
         if not self.memory:
-            self._file_size()
+            self.disk.size()
             self.close()
 
     # Opening
@@ -1351,7 +1424,7 @@ class Database:
             except sqlite3.OperationalError as fault:
                 unwritable = ("readonly", "unable to open", "no such column")
                 known = any(part in str(fault) for part in unwritable)
-                if self.mode == "immutable=1" or not self.in_file or not known:
+                if self.mode == "immutable=1" or not self.disk.in_file or not known:
                     raise
         return db
 
@@ -1478,7 +1551,7 @@ class Database:
             except DATABASE_FAULTS as fault:
                 turn.fault = database_problem(fault)
                 raise
-        tx.now, tx.savepoint = turn.now, not alone or not tx.keep or self._low
+        tx.now, tx.savepoint = turn.now, not alone or not tx.keep or self.disk.low
         if tx.savepoint:
             db.execute("SAVEPOINT request")
 
@@ -1501,8 +1574,8 @@ class Database:
             return
         kept = False
         try:
-            if keep and self._low:
-                self._require_room(db, tx.frees)
+            if keep and self.disk.low:
+                self.disk.require_room(db, tx.frees)
             kept = keep
         finally:
             if kept:
@@ -1523,7 +1596,7 @@ class Database:
                 raise tx.fault
             if keep and db.in_transaction:
                 self._write_log(db, tx)
-                room = self._require_room(db, tx.frees)
+                room = self.disk.require_room(db, tx.frees)
                 db.execute("COMMIT")
         except sqlite3.Error:
             self._overwrite_log(db)
@@ -1531,7 +1604,7 @@ class Database:
         finally:
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            self._make_room(db, room)
+            self.disk.make_room(db, room)
 
     def _overwrite_log(self, db: sqlite3.Connection) -> None:
         """Write over what a commit whose sync failed has left in the log: it may stand
@@ -1580,70 +1653,9 @@ class Database:
         )
         db.execute(f"DELETE {lower} AND user_id > 0", (GRAVES,))
 
-    # Room on the disk
-
-    def _room(self) -> int:
-        """Bytes that the file may grow by, on the disk and by the process's limit,
-        without those that are spared for the log and for deleting."""
-        if not self.in_file or self.read_only or not hasattr(os, "statvfs"):
-            return sys.maxsize
-        import resource
-
-        disk = os.statvfs(os.path.dirname(self.path) or ".")
-        room, whole = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
-        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if limit != resource.RLIM_INFINITY:
-            room = min(room, limit - os.path.getsize(self.path))
-            whole = min(whole, limit)
-        return room - min(SPARE, whole // 3)
-
-    def _file_size(self) -> int:
-        """The size of the database's file, which must be the one that was opened."""
-        if not self.in_file:
-            return 0
-        try:
-            found = os.stat(self.path)
-        except OSError:
-            raise busy("the database's file is gone", 5) from None
-        if self._identity not in (None, (found.st_dev, found.st_ino)):
-            raise busy("the database's file was replaced: start again", 60)
-        self._identity = found.st_dev, found.st_ino
-        return found.st_size
-
-    def _require_room(self, db: sqlite3.Connection, frees: bool) -> int:
-        """How much room there is. Refuses new pages if a checkpoint would find no room
-        for them: Problem 507.
-
-        They stand in the log first, hence twice. What adds no page passes, so that
-        deleting helps, and what it has freed can be used again.
-        """
-        size, room = self._file_size(), self._room()
-        if self.in_file and not frees:
-            if not self._page_size:
-                ((self._page_size,),) = db.execute("PRAGMA page_size")
-            ((pages,),) = db.execute("PRAGMA page_count")
-            growth = pages * self._page_size - size
-            if growth > 0 and room < 2 * growth:
-                raise Problem(507, DISK_FULL, headers=[("Retry-After", "5")])
-        return room
-
     def sizes(self) -> dict[str, int]:
         """Bytes of the database and its write-ahead log."""
-        sizes = {}
-        for name, end in (("database", ""), ("wal", "-wal")):
-            with contextlib.suppress(OSError):
-                sizes[name] = os.path.getsize(self.path + end)
-        return sizes
-
-    def _make_room(self, db: sqlite3.Connection, room: int = 0) -> None:
-        """Where little room is left, give back what the log takes of it. It is looked
-        up unless there was plenty just now."""
-        if room < PLENTY:
-            room = self._room()
-        self._low = room < LOW
-        if room < PLENTY and room < 8 * self.sizes().get("wal", 0):
-            with contextlib.suppress(sqlite3.Error):
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        return self.disk.sizes()
 
     # Writes that are committed together (the Server's turn)
 
@@ -1658,7 +1670,7 @@ class Database:
         self._group = self._group or self._connect()
         self._group.execute("PRAGMA busy_timeout = 0")
         self._group_thread = threading.get_ident()
-        self._make_room(self._group)
+        self.disk.make_room(self._group)
 
     def begin_group(self, wait: bool = False) -> bool:
         """Begin one; False where another program holds the lock. `wait` waits 5 s."""
@@ -1687,7 +1699,7 @@ class Database:
         db = self._group
         assert db is not None
         try:
-            self._turn.frees = self._low  # then each request was asked
+            self._turn.frees = self.disk.low  # then each request was asked
             self._commit(db, self._turn, keep=True)
         except DATABASE_FAULTS as fault:
             raise database_problem(fault) from fault
