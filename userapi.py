@@ -1050,6 +1050,7 @@ def places(sort: str, after: tuple[Any, int] | None) -> list[tuple[str, list[Any
 
 
 def make_page(rows: Rows, joint: str) -> Page:
+    """The page that these rows are; with a `joint` they are one, of all of them."""
     content: Any = [row[:-2] for row in rows]
     key, id = rows[-1][-2:] if rows else (None, 0)
     size = len(rows)
@@ -3067,6 +3068,7 @@ def csv_entries(line: int, header: list[str], rows: list[Any]) -> Iterator[Entry
 
 
 def csv_item(header: list[str], cells: list[str]) -> Any:
+    """The item that a row of cells is, or a BadLine."""
     if len(cells) != len(header):
         return BadLine(f"has {len(cells)} cells where the header has {len(header)}")
     item: Item = dict(zip(header, map(unguard, cells)))
@@ -3111,6 +3113,7 @@ def csv_lines(rows: Iterable[Sequence[Any]]) -> bytes:
 
 
 def json_chunks(pages: Iterable[Page], _: Names, tail: str) -> Iterator[bytes]:
+    """The envelope of a list; `tail` is what stands behind the results."""
     yield b'{"results": ['
     joint = ""
     for page in pages:
@@ -3240,6 +3243,7 @@ def tell_next(call: Call, path: str, name: str, place: Any) -> tuple[str, Header
     ("get_user", "GET", "/user/<id:id>", "One user.", ("fields", "format"), ALL)
 )
 def get_user(call: Call) -> Answer:
+    """A user with its ETag; in CSV and NDJSON a line of it. Raises Problem 404."""
     id, members = call.args["id"], call.fields()
     if call.media == JSON:
         user, version = call.store.show_user(id, members)
@@ -3262,6 +3266,9 @@ def get_user(call: Call) -> Answer:
     ("merge_user", "PATCH", "/user/<id:id>", "Merge the item into a user (RFC 7396)."),
 )  # fmt: skip
 def save_users(call: Call) -> Answer:
+    """Save the items of the body, or all users of a CSV or NDJSON body, as the method
+    says; answered with the users as they are now, or counts. Problem 404, 409, 412,
+    422, 428."""
     imports = call.takes != JSON
     saving = Saving(
         call.store,
@@ -3319,6 +3326,8 @@ def get_rows(call: Call) -> Answer:
         "Merge the item into one {0.title} of a user (RFC 7396)."),
 )  # fmt: skip
 def save_rows(call: Call) -> Answer:
+    """Save the items of the body below a user; answered with the rows as they are now,
+    and the user's new ETag. Problem 404, 409, 412, 422, 428."""
     check, shape, user = call.precondition(), call.operation.shape, call.args["id"]
     items, one = read_items(call)
     how, n = HOW[call.method], call.args.get("n")
@@ -3341,7 +3350,8 @@ def save_rows(call: Call) -> Answer:
     ("delete_{0.name}", "DELETE", "/<n:id>", "Delete one {0.title} of a user."),
 )  # fmt: skip
 def delete_items(call: Call) -> Answer:
-    """Delete the user or row that the path names, or those of the parameter id."""
+    """Delete the user or row that the path names, or those of the parameter id.
+    Problem 400, 404, 412, 422, 428."""
     check, shape, args = call.precondition(), call.operation.shape, call.args
     ids = call.params.get("id")
     if not call.operation.bulk:
@@ -3368,6 +3378,7 @@ HEARTBEAT = 15  # seconds of silence after which an event stream says that it li
         ("since", "limit"), (JSON, EVENTS)),
 )  # fmt: skip
 def list_changes(call: Call) -> Answer:
+    """The log after `since` or Last-Event-ID, as a list or as events. Problem 410."""
     since, limit = call.params.get("since"), call.params.get("limit")
     last = call.header("LAST_EVENT_ID")
     try:
@@ -5130,6 +5141,7 @@ class Parser:
             self.expect_body(environ, line.modern)
 
     def expect_body(self, environ: Environ, modern: bool) -> None:
+        """Learn from the head what body is to come (RFC 9112 §6, RFC 9110 §10.1.1)."""
         coding = environ.get("HTTP_TRANSFER_ENCODING")
         length = environ.get("CONTENT_LENGTH")
         if coding is not None and (length is not None or not modern):
