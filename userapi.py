@@ -962,7 +962,6 @@ ASIDE_SQL = (
     "SELECT type, name, sql FROM sqlite_master WHERE tbl_name = 'users'"
     " AND type IN ('index', 'trigger') AND sql IS NOT NULL"
 )
-LISTS = frozenset(SHAPES)
 LASTS = tuple(f"last_{name}" for name in SHAPES)
 LOGGED = tuple(field.name for field in USER.written)
 REQUIRED = tuple(field.name for field in USER.written if field.required)
@@ -1083,7 +1082,7 @@ class Transaction:
     now: str  # when it began
     connection: sqlite3.Connection | None = None
     depth = logged = 0
-    savepoint = frees = False
+    frees = False
     fault: Problem | None = None  # why nothing that was written is kept
 
     def __init__(
@@ -1115,14 +1114,11 @@ class Transaction:
         if self.changes and self.keep and fault is None:
             self.announce()
 
-    def writer(self, alone: bool = False) -> sqlite3.Connection:
-        """The connection to write with; the first time, the transaction begins here.
-
-        In a group it is a savepoint of its own, but for one statement that is written
-        `alone`: that is kept whole, or not at all, in any case.
-        """
+    def writer(self) -> sqlite3.Connection:
+        """The connection to write with; the first time, the transaction begins here,
+        which in a group is a savepoint."""
         if self.connection is None:
-            self.connection = self.store._begin(self, alone)
+            self.connection = self.store._begin(self)
         return self.connection
 
     def note(self, op: str, users: Sequence[int], fields: Iterable[str]) -> None:
@@ -1527,11 +1523,11 @@ class Database:
         """
         return self._scope.transaction or Transaction(self, actor, keep)
 
-    def _begin(self, tx: Transaction, alone: bool) -> sqlite3.Connection:
+    def _begin(self, tx: Transaction) -> sqlite3.Connection:
         if self.read_only:
             raise busy("the database is read-only", 60)
         if group := self._own_group():
-            self._begin_part(group, tx, alone)
+            self._begin_part(group, tx)
             return group
         db = self._take()
         try:
@@ -1542,7 +1538,7 @@ class Database:
         self._highest, tx.now = None, utc_now()
         return db
 
-    def _begin_part(self, db: sqlite3.Connection, tx: Transaction, alone: bool) -> None:
+    def _begin_part(self, db: sqlite3.Connection, tx: Transaction) -> None:
         turn = self._turn
         if turn.fault:
             raise turn.fault
@@ -1552,9 +1548,8 @@ class Database:
             except DATABASE_FAULTS as fault:
                 turn.fault = database_problem(fault)
                 raise
-        tx.now, tx.savepoint = turn.now, not alone or not tx.keep or self.disk.low
-        if tx.savepoint:
-            db.execute("SAVEPOINT request")
+        tx.now = turn.now
+        db.execute("SAVEPOINT request")
 
     def _end(self, tx: Transaction, keep: bool) -> None:
         """Commit or roll back; in a group only this request's savepoint."""
@@ -1581,13 +1576,10 @@ class Database:
         finally:
             if kept:
                 self._turn.take(tx)
-            elif tx.savepoint:
+            else:
                 db.execute("ROLLBACK TO request")
                 self._highest = None
-            else:  # what was written alone cannot be taken back alone
-                self._turn.fault = busy("a write of the same moment failed")
-            if tx.savepoint:
-                db.execute("RELEASE request")
+            db.execute("RELEASE request")
 
     def _commit(self, db: sqlite3.Connection, tx: Transaction, keep: bool) -> None:
         """Commit if there is room for it or it frees some, else roll back and raise."""
@@ -2269,9 +2261,9 @@ class Saving:
             self.tx.writer().execute(f"DROP {kind} {name}")
         return [statement for _, _, statement in made]
 
-    def highest(self, alone: bool = False) -> int:
+    def highest(self) -> int:
         """The highest id that there has been."""
-        found = self.store._highest_id(self.tx.writer(alone))
+        found = self.store._highest_id(self.tx.writer())
         if not self.counts["created"]:
             self.before = found
         return found
@@ -2352,9 +2344,7 @@ class Saving:
 
     def write(self, new: list[Entry], changed: list[Change]) -> None:
         if new:
-            plain = len(new) == 1 and LISTS.isdisjoint(new[0][1])
-            highest = self.highest(alone=plain)
-            self.ids += self.store._insert(self.tx, new, highest)
+            self.ids += self.store._insert(self.tx, new, self.highest())
         for _, row, item in changed:
             self.store._update(self.tx, row, item)
             self.ids.append(row["id"])
