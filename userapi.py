@@ -5490,7 +5490,7 @@ class Connection(asyncio.Protocol):
             self.hang_up()
         elif self.server.stopping or self.ended and not parser.buffer:
             self.close()
-        elif not self.working:
+        elif not self.working and (parser.buffer or self.full):
             self.server.loop.call_soon(self.work)
 
     def refuse(self, problem: Problem) -> None:
@@ -5554,8 +5554,7 @@ def find_length(headers: Headers) -> int:
 @functools.lru_cache(maxsize=1024)
 def head_lines(status: str, headers: tuple[tuple[str, str], ...]) -> bytes:
     """The head of an answer as the application gave it. Raises ValueError."""
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
-    text = f"HTTP/1.1 {status}\r\n{lines}"
+    text = "\r\n".join([f"HTTP/1.1 {status}", *map(": ".join, headers), ""])
     if text.count("\n") != len(headers) + 1 or text.count("\r") != len(headers) + 1:
         raise ValueError("a header field holds a line break")
     return text.encode("latin-1")
