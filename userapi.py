@@ -1010,36 +1010,21 @@ class Query(NamedTuple):
         return " AND ".join(terms), values
 
 
-class Page(NamedTuple):
-    """Some of the users that a query finds, and the place of the last (key, id)."""
-
-    content: Any
-    size: int
-    last: tuple[Any, int] | None
-
-    def followed_by(self, more: Page, joint: str) -> Page:
-        """This page and then another, as one."""
-        content = self.content + more.content
-        if joint and self.size and more.size:
-            content = f"{self.content}{joint}{more.content}"
-        return Page(content, self.size + more.size, more.last or self.last)
-
-
 def sort_key(sort: str) -> str:
     return f"users.{SORTS[sort.lstrip('-')]}"
 
 
-def direction(sort: str) -> tuple[str, str, str]:
-    """What compares with later keys, orders by them, and finds the last one."""
-    return ("<", " DESC", "min") if sort[0] == "-" else (">", "", "max")
+def direction(sort: str) -> tuple[str, str]:
+    """What compares with later keys, and what orders by them."""
+    return ("<", " DESC") if sort[0] == "-" else (">", "")
 
 
-def places(sort: str, after: tuple[Any, int] | None) -> list[tuple[str, list[Any]]]:
+def beyond(sort: str, after: tuple[Any, int] | None) -> list[tuple[str, list[Any]]]:
     """What comes after a place, as SQL with its values: first the users of the same
     key, as SQLite would look at all of them where both are compared at once."""
     if after is None:
         return [("", [])]
-    key, (more, *_), value = sort_key(sort), direction(sort), exact_bytes(after[0])
+    key, (more, _), value = sort_key(sort), direction(sort), exact_bytes(after[0])
     if key == "users.user_id":
         return [(f" AND {key} {more} ?", [value])]
     return [
@@ -1048,17 +1033,10 @@ def places(sort: str, after: tuple[Any, int] | None) -> list[tuple[str, list[Any
     ]
 
 
-def make_page(rows: Rows, joint: str) -> Page:
-    """The page that these rows are; with a `joint` they are one, of all of them."""
-    content: Any = [row[:-2] for row in rows]
-    key, id = rows[-1][-2:] if rows else (None, 0)
-    size = len(rows)
-    if joint:
-        content, size, key, ids = rows[0]
-        content, id = content or "", ids and int(ids.rpartition(",")[2])
-    if isinstance(key, bytes):
-        key = key.decode(errors="surrogateescape")
-    return Page(content, size, (key, id) if size else None)
+def place_of(row: Sequence[Any]) -> tuple[Any, int]:
+    """Where a row of a page stands in its order: the key, and the id."""
+    key, id = row[-2:]
+    return key.decode(errors="surrogateescape") if type(key) is bytes else key, id
 
 
 def has_surrogates(text: str) -> bool:
@@ -1752,43 +1730,33 @@ class Store(Database):
             raise no_user(id)
         return dict(json.loads(self.show_user(id, VIEWS[view])[0]))
 
-    def pages(self, select: str, query: Query, joint: str = "") -> Iterator[Page]:
+    def pages(self, select: str, query: Query) -> Iterator[Rows]:
         """The users that the query finds: one page with its limit, else page by page.
 
-        `select` is SQL. With a `joint` it is one text, and a page's content is all
-        of them joined; else it is columns, and the content is a list of tuples.
+        `select` is SQL; a row is what it gives, and then the user's place.
         """
         after, size = query.after, query.limit or PAGE_ROWS
         while True:
-            page = Page("" if joint else [], 0, after)
-            for beyond, values in places(query.sort, after):
-                if page.size < size:
-                    rest = query._replace(limit=size - page.size)
-                    found = self._page(select, rest, joint, beyond, values)
-                    page = page.followed_by(found, joint)
-            yield page if page.size else page._replace(last=None)
-            if query.limit or page.size < size:
+            page: Rows = []
+            for where, values in beyond(query.sort, after):
+                if len(page) < size:
+                    rest = query._replace(limit=size - len(page))
+                    page += self._page(select, rest, where, values)
+            yield page
+            if query.limit or len(page) < size:
                 return
-            after = page.last
+            after = place_of(page[-1])
 
-    def _page(
-        self, select: str, query: Query, joint: str, beyond: str, values: list[Any]
-    ) -> Page:
-        """At most `limit` users whose place is `beyond`; as SQL, with its values."""
-        key, (_, down, last) = sort_key(query.sort), direction(query.sort)
-        where, filters = query.where()
+    def _page(self, select: str, query: Query, where: str, values: list[Any]) -> Rows:
+        """At most `limit` users whose place is `where`; as SQL, with its values."""
+        key, (_, down) = sort_key(query.sort), direction(query.sort)
+        wanted, filters = query.where()
         shown = key if key == "users.user_id" else f"CAST({key} AS BLOB)"
         sql = (
-            f"SELECT {select} AS content, {shown} AS key, user_id AS id FROM users"
-            f" WHERE {where}{beyond} ORDER BY {key}{down}, users.user_id{down}"
-            f" LIMIT {query.limit}"
+            f"SELECT {select}, {shown}, user_id FROM users WHERE {wanted}{where}"
+            f" ORDER BY {key}{down}, users.user_id{down} LIMIT {query.limit}"
         )
-        if joint:
-            sql = (
-                f"SELECT group_concat(content, '{joint}'), count(*), {last}(key),"
-                f" group_concat(CAST(id AS TEXT), ',') FROM ({sql}) AS page"
-            )
-        return make_page(self.rows(sql, [*filters, *values]), joint)
+        return self.rows(sql, [*filters, *values])
 
     def find_users(self, view: str = "v2", **query: Any) -> Iterator[Item]:
         """Users as dicts; keywords are those of Query: q, name, mail, ids, sort, …
@@ -1808,8 +1776,8 @@ class Store(Database):
             well = False
         if not well:
             raise Problem(400, f"users are not found by {query}")
-        pages = self.pages(view_sql(VIEWS[view]), found, ", ")
-        return (user for page in pages for user in json.loads(f"[{page.content}]"))
+        pages = self.pages(view_sql(VIEWS[view]), found)
+        return (json.loads(row[0]) for page in pages for row in page)
 
     def count_users(self, query: Query | None = None) -> int:
         """How many users there are, or the query's filters find."""
@@ -2654,8 +2622,8 @@ def read_cursor(value: str) -> tuple[str, Any, int]:
     return sort, key, id
 
 
-def write_cursor(sort: str, key: Any, id: int) -> str:
-    cursor = json.dumps([sort, key, id]).encode()
+def write_cursor(sort: str, row: Sequence[Any]) -> str:
+    cursor = json.dumps([sort, *place_of(row)]).encode()
     return base64.urlsafe_b64encode(cursor).decode().rstrip("=")
 
 
@@ -3102,38 +3070,36 @@ def csv_lines(rows: Iterable[Sequence[Any]]) -> bytes:
     return out.getvalue().encode()
 
 
-def json_chunks(pages: Iterable[Page], _: Names, tail: str) -> Iterator[bytes]:
+def json_chunks(pages: Iterable[Rows], _: Names, tail: str) -> Iterator[bytes]:
     """The envelope of a list; `tail` is what stands behind the results."""
     yield b'{"results": ['
     joint = ""
     for page in pages:
-        if page.size:
-            yield f"{joint}{page.content}".encode()
+        if page:  # to a stream an empty chunk means: nothing yet
+            yield (joint + ", ".join([row[0] for row in page])).encode()
             joint = ", "
     yield f"]{tail}}}".encode()
 
 
-def csv_chunks(pages: Iterable[Page], members: Names, _: str) -> Iterator[bytes]:
+def csv_chunks(pages: Iterable[Rows], members: Names, _: str) -> Iterator[bytes]:
     yield csv_lines([members])
     for page in pages:
-        if page.size:  # to a stream an empty chunk means: nothing yet
-            yield csv_lines(page.content)
+        if page:
+            yield csv_lines(row[:-2] for row in page)
 
 
-def ndjson_chunks(pages: Iterable[Page], *_: Any) -> Iterator[bytes]:
-    return (f"{page.content}\n".encode() for page in pages if page.size)
+def ndjson_chunks(pages: Iterable[Rows], *_: Any) -> Iterator[bytes]:
+    return ("".join([f"{row[0]}\n" for row in page]).encode() for page in pages if page)
 
 
 CHUNKS = {JSON: json_chunks, NDJSON: ndjson_chunks, CSV: csv_chunks}
-JOINTS = {JSON: ", ", NDJSON: "\n", CSV: ""}
 
 
-def read_pages(store: Store, media: str, names: Names, query: Query) -> Iterator[Page]:
-    """Users, with these members, in the form that the format's chunks are made of."""
-    select = view_sql(names)
+def select_sql(media: str, names: Names) -> str:
+    """What is read of a user for a format: JSON text, or a column for each member."""
     if media == CSV:
-        select = ", ".join(cell_sql(USER.by_name[name]) for name in names)
-    return store.pages(select, query, JOINTS[media])
+        return ", ".join(cell_sql(USER.by_name[name]) for name in names)
+    return view_sql(names)
 
 
 def acknowledge(call: Call, members: str = "", headers: Headers = ()) -> Answer:
@@ -3190,16 +3156,18 @@ def show_users(call: Call, query: Query) -> tuple[Body, Headers]:
     """What the query finds, with `next` and Link if it is limited: streamed, if not."""
     members, tail = call.fields(), ""
     headers: Headers = ()
-    pages = read_pages(call.store, call.media, members, query)
+    more = query._replace(limit=query.limit and query.limit + 1)
+    pages = call.store.pages(select_sql(call.media, members), more)
     first = next(pages)
     if call.params.get("count"):
         tail = f', "total": {call.store.count_users(query)}'
     if query.limit:
-        cursor = next_cursor(call.store, query, first)
+        page, first = first, first[: query.limit]
+        cursor = write_cursor(query.sort, first[-1]) if page != first else None
         following, headers = tell_next(call, "/user", "after", cursor)
         tail += following
     chunks = CHUNKS[call.media](itertools.chain([first], pages), members, tail)
-    few = query.limit or first.size < PAGE_ROWS
+    few = query.limit or len(first) < PAGE_ROWS
     return b"".join(chunks) if few else chunks, headers
 
 
@@ -3208,14 +3176,6 @@ def remember(kept: dict[Any, Any], key: Any, value: Any, most: int) -> None:
     kept[key] = value
     for eldest in list(kept)[:1] if len(kept) > most else ():
         kept.pop(eldest, None)
-
-
-def next_cursor(store: Store, query: Query, page: Page) -> str | None:
-    """The place after the users of this page; None where there are no more."""
-    if page.last is None or page.size != query.limit:
-        return None
-    beyond = next(store.pages("1", query._replace(after=page.last, limit=1)))
-    return write_cursor(query.sort, *page.last) if beyond.size else None
 
 
 def tell_next(call: Call, path: str, name: str, place: Any) -> tuple[str, Headers]:
@@ -3238,8 +3198,8 @@ def get_user(call: Call) -> Answer:
     if call.media == JSON:
         user, version = call.store.show_user(id, members)
         return call.tagged(f'{{"results": [{user}]}}'.encode(), f'"{version}"')
-    page = next(read_pages(call.store, call.media, members, Query(ids=[id])))
-    if not page.size:
+    page = next(call.store.pages(select_sql(call.media, members), Query(ids=[id])))
+    if not page:
         raise no_user(id)
     return Answer(b"".join(CHUNKS[call.media]([page], members, "")), [], call.media)
 
@@ -6153,14 +6113,14 @@ def run_export(file: str, format: str | None, **given: Any) -> None:
     with open_given(given) as store, Progress("rows", file) as bar:
         total = store.count_users()
 
-        def watched(pages: Iterable[Page]) -> Iterator[Page]:
+        def watched(pages: Iterable[Rows]) -> Iterator[Rows]:
             done = 0
             for page in pages:
-                done += page.size
+                done += len(page)
                 bar.show(done, done / max(total, 1))
                 yield page
 
-        pages = watched(read_pages(store, media, members, Query()))
+        pages = watched(store.pages(select_sql(media, members), Query()))
         write_file(file, CHUNKS[media](pages, members, ""), store.path)
 
 
