@@ -5455,13 +5455,15 @@ LOG_LINE = re.compile(
 def test_the_access_log(db, monkeypatch, format_):
     log = io.StringIO()
     monkeypatch.setattr(sys, "stdout", log)
-    odd = {"User-Agent": 'curl "x" \x85', "Referer": "http://localhost/"}
+    odd = {"User-Agent": 'curl "x" \x85', "Referer": "http://localhost/?Token=sesame"}
     with hosting(UserAPI(str(db)), log=format_) as (_, url):
         size = len(fetch(url, "GET /api/user/1", headers=odd)[2])
         fetch(url, "POST /api/user", {"item": GRACE})
         assert statuses(talk(url, b"nonsense\r\n\r\n")) == [400]
+        fetch(url, "GET /api/user?access_token=sesame&limit=2")
     entries = log.getvalue().splitlines()
-    assert len(entries) == 3
+    assert len(entries) == 4 and "sesame" not in log.getvalue()
+    assert "GET /api/user?access_token=" in entries[3] and "&limit=2" in entries[3]
     if format_ == "json":
         entry = json.loads(entries[0])
         assert entry["status"] == 200 and "GET /api/user/1" in str(entry)

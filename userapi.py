@@ -4905,6 +4905,8 @@ SECTION = re.compile(rf"(?:{_TOKEN}:[\t -~\x80-\xff]*\r\n)*".encode("latin-1"))
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 FRAMING = re.compile(rb"(?im)^(?:content-length|transfer-encoding):")
 BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])")
+#: what a client may wrongly put into a URI, and no log is to have
+SECRET = re.compile(r"([?&][^=&\s]*(?:token|password)=)[^&\s]*", re.IGNORECASE)
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 #: fields that tell of a body
 WITH_BODIES = frozenset(("HTTP_TRANSFER_ENCODING", "CONTENT_LENGTH", "HTTP_EXPECT"))
@@ -4951,6 +4953,10 @@ def parse_fields(section: bytes, most: int) -> Environ:
     return environ
 
 
+def without_secrets(uri: str) -> str:
+    return SECRET.sub(r"\1…", uri) if "=" in uri else uri
+
+
 class Line(NamedTuple):
     """A request line: its WSGI variables, and what they do not tell."""
 
@@ -4975,7 +4981,7 @@ def parse_line(line: bytes) -> Line:
         "PATH_INFO": path,
         "QUERY_STRING": query,
         "SERVER_PROTOCOL": f"HTTP/1.{minor}",
-        "userapi.request": text,
+        "userapi.request": without_secrets(text),
     }
     return Line(environ, minor == "1", authority)
 
@@ -5743,19 +5749,11 @@ class Server:
         peer, actor = environ["REMOTE_ADDR"], environ.get("REMOTE_USER")
         status, sent = environ["userapi.status"], environ["userapi.sent"]
         request = environ["userapi.request"]
-        referer = environ.get("HTTP_REFERER", "-")
+        referer = without_secrets(environ.get("HTTP_REFERER", "-"))
         agent = environ.get("HTTP_USER_AGENT", "-")
         if self.settings.log == "json":
-            values = (
-                utc_now(),
-                peer,
-                actor,
-                request,
-                int(status),
-                sent,
-                round(took, 2),
-            )
-            self.lines.append(json.dumps(dict(zip(TOLD, (*values, referer, agent)))))
+            entry = (utc_now(), peer, actor, request, int(status), sent, round(took, 2))
+            self.lines.append(json.dumps(dict(zip(TOLD, (*entry, referer, agent)))))
             return
         self.lines.append(
             f"{peer} - {actor or '-'} [{self.clock}] {quoted(request)} {status} {sent}"
