@@ -1059,8 +1059,9 @@ class Transaction:
 
     now: str  # when it began
     connection: sqlite3.Connection | None = None
-    depth = logged = 0
-    frees = False
+    depth = 0  # how often it has been entered
+    logged = 0  # rows of the log that are still to be written
+    frees = False  # it deletes, for which there is always room
     fault: Problem | None = None  # why nothing that was written is kept
 
     def __init__(
@@ -1100,15 +1101,15 @@ class Transaction:
         return self.connection
 
     def note(self, op: str, users: Sequence[int], fields: Iterable[str]) -> None:
-        """Have a row in the log for each of these users when all is committed, with
-        the JSON list of the members written."""
+        """Log that users were written, each with a JSON list of its members that were.
+        The rows themselves are written just before the commit."""
         self.log.append((self, op, users, fields))
         self.logged += len(users)
         if len(self.log) > 2 * self.store.keep_changes:
             del self.log[: -self.store.keep_changes]
 
     def take(self, part: Transaction) -> None:
-        """Have what a part of the group has logged as one's own."""
+        """Take over what a part of this group has logged."""
         self.log += part.log
         self.logged += part.logged
         self.changes += part.changes
@@ -1449,8 +1450,8 @@ class Database:
             yield "DROP INDEX users_unique_mail"
 
     def do_without_log(self) -> None:
-        """Have what comes into a new database written once, into its file, and not into
-        the write-ahead log first, with its indexes last; until the store is closed."""
+        """Until the store is closed, write what comes into a new database straight into
+        its file, not into the write-ahead log first, and make its indexes last."""
         if self.memory or self.rows("SELECT 1 FROM users LIMIT 1"):
             return
         self.many = BATCH  # nobody reads it before it is filled
@@ -1578,8 +1579,8 @@ class Database:
             self.disk.make_room(db, room)
 
     def _overwrite_log(self, db: sqlite3.Connection) -> None:
-        """Write over what a commit whose sync failed has left in the log: it may stand
-        there whole, and would count if the process was killed now."""
+        """Write over what a commit whose sync failed has left in the write-ahead log:
+        it may stand there whole, and would count if the process was killed now."""
         with contextlib.suppress(sqlite3.Error):
             if db.in_transaction:
                 db.execute("ROLLBACK")
@@ -1636,15 +1637,16 @@ class Database:
         return self._group if ours else None
 
     def open_group(self) -> None:
-        """From now on this thread's transactions are parts of a group, if one is
-        under way."""
+        """From now on the transactions of this thread are parts of the group that is
+        under way, if one is."""
         self._group = self._group or self._connect()
         self._group.execute("PRAGMA busy_timeout = 0")
         self._group_thread = threading.get_ident()
         self.disk.make_room(self._group)
 
     def begin_group(self, wait: bool = False) -> bool:
-        """Begin one; False where another program holds the lock. `wait` waits 5 s."""
+        """Begin a group; False where another program holds the lock. With `wait`, wait
+        for it, for 5 s at most."""
         assert self._group is not None
         self._turn, self._in_group = Transaction(self), True
         if self.read_only:
@@ -1691,7 +1693,7 @@ class Database:
         self.close()
 
     def write_soon(self, sql: str, values: tuple[Any, ...]) -> None:
-        """Have this written with the next group; at once where there are none."""
+        """Write this with the next group, or at once where writes are not grouped."""
         self._soon.add((sql, values))
         if self._group_thread != threading.get_ident() and not self.read_only:
             with contextlib.suppress(Problem), self.transaction() as tx:
@@ -1816,7 +1818,7 @@ class Store(Database):
             return [self.get_user(id, view) for id in saved.ids]
 
     def _rows_by_id(self, tx: Transaction, ids: Sequence[int]) -> dict[int, Item]:
-        """The users of these ids as they are stored, read by the coming write."""
+        """The users of these ids as they are stored, read within the transaction."""
         if not ids:
             return {}
         tx.writer()
@@ -1875,7 +1877,7 @@ class Store(Database):
         return self._highest
 
     def _outlive(self, items: list[Item]) -> None:
-        """Raise the versions of new users above those that others of their ids had."""
+        """Let new users go on from the versions that deleted ones of their ids had."""
         marks, ids = ", ".join("?" * len(items)), [item["id"] for item in items]
         sql = f"SELECT user_id, version FROM graves WHERE user_id IN (0, {marks})"
         last = dict(self.rows(sql, ids))
@@ -2114,7 +2116,7 @@ class Store(Database):
     # Keeping
 
     def check(self) -> list[str]:
-        """What is not whole in the database; an empty list where all is well."""
+        """The faults of the database; an empty list where it is whole."""
         found = [row[0] for row in self.rows("PRAGMA integrity_check(20)")]
         there = {name for (name,) in self.rows(NAMES_SQL)}
         made = re.findall(
@@ -2270,7 +2272,7 @@ class Saving:
         return items
 
     def stands_once(self, id: int) -> bool:
-        """Whether an id that was sent is no earlier item's."""
+        """Whether no earlier item had this id."""
         bit, before = 1 << (id & 1023), self.seen.get(id >> 10, 0)
         self.seen[id >> 10] = before | bit
         return not before & bit
