@@ -137,14 +137,14 @@ def test_the_cursor_reader(text):
     except ValueError as fault:
         assert str(fault) == "is no cursor out of next"
     else:
-        assert userapi.write_cursor(sort, _, id)
+        assert userapi.write_cursor(sort, (_, id))
 
 
 @fuzz
 @given(st.sampled_from(userapi.SORT_NAMES), st.text(max_size=30), st.integers(1, 2**53))
 def test_a_cursor_is_read_as_it_was_written(sort, text, id):
     key = id if sort.endswith("id") else text
-    assert userapi.read_cursor(userapi.write_cursor(sort, key, id)) == (sort, key, id)
+    assert userapi.read_cursor(userapi.write_cursor(sort, (key, id))) == (sort, key, id)
 
 
 def test_the_core_suites_rules():
