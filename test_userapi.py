@@ -2698,7 +2698,8 @@ BAD_READS = [
 BAD_READS += [
     read("limit=0", 400, told("limit is not a whole number from 1 to 1000")),
     read("count=2&format=xml", 400, told("2 parameters are not valid")),
-    read("fields=phone", 400, told("fields takes id, name, mail")),
+    read("fields=phone", 400, told("fields is not one of id, name, mail")),
+    read("count=2&fields=phone", 400, told("2 parameters are not valid")),
     read("limit=2&limit=2", 400, "limit"),
     read("q=a&q=b", 400, "q"),
     read("q=%FF", 400, "q"),

@@ -2658,6 +2658,12 @@ def choice(*values: str, **more: str) -> Item:
     return {"type": "string", "enum": list(values), **more}
 
 
+def schema_of_parameter(name: str, members: Names) -> Item:
+    """The JSON Schema of a parameter where users have these members."""
+    schema = PARAMS[name][0]
+    return {**schema, "items": choice(*members)} if name == "fields" else schema
+
+
 STRING, BOOL = {"type": "string"}, {"type": "boolean"}
 ID_LIST = {"type": "array", "items": ID, "minItems": 1}
 NAME_LIST = {"type": "array", "items": STRING, "minItems": 1}
@@ -2791,8 +2797,6 @@ class Call:
         names = self.params.get("fields")
         if names is None:
             return members_in(self.media, self.view)
-        if not set(names) <= set(self.members):
-            raise bad_query(("fields", f"takes {', '.join(self.members)}"))
         return tuple(name for name in self.members if name in names)
 
     def refuse_many(self, items: int) -> None:
@@ -3781,7 +3785,7 @@ class UserAPI:
         call.operation = operation
         query = call.environ.get("QUERY_STRING")
         if query and HTML not in operation.answers:  # a page reads its own
-            call.params = read_query(query, operation.params)
+            call.params = read_query(query, operation.params, call.members)
         call.media = choose_media(call, operation.answers)
         if operation.takes:
             call.takes = choose_taken(call, operation.takes)
@@ -3935,7 +3939,7 @@ def find_resource(
 
 
 @functools.lru_cache(maxsize=64)
-def read_query(source: str, known: tuple[str, ...]) -> Item:
+def read_query(source: str, known: Names, members: Names) -> Item:
     """The values of a query's parameters, by name, which are not to be changed.
 
     Raises Problem 400 with all that is wrong.
@@ -3954,7 +3958,7 @@ def read_query(source: str, known: tuple[str, ...]) -> Item:
                 raise ValueError("is no parameter here")
             if name in values:
                 raise ValueError("stands twice")
-            values[name] = read_value(value, PARAMS[name][0])
+            values[name] = read_value(value, schema_of_parameter(name, members))
         except ValueError as fault:
             faults.append((name.encode(errors="replace").decode(), str(fault)))
     if faults:
@@ -4190,9 +4194,8 @@ def parameters_of(op: Operation, path: str, form: str) -> Iterator[Item]:
     described += [("header", n, HEADERS[n]) for n in follows(op) if n in HEADERS]
     for place, name, (schema, help) in described:
         if place == "query":
+            schema = schema_of_parameter(name, FORMS[form].names)
             schema = NARROWED.get((op.method, name), schema)
-        if name == "fields":
-            schema = {**schema, "items": choice(*FORMS[form].names)}
         yield {
             "name": name, "in": place, "description": help, "schema": schema,
             "required": place == "path" or (name == "id" and op.writes),
