@@ -31,20 +31,21 @@ if (
     __name__ == "__main__"
     and sys.stdout
     and sys.stderr
+    and sys.executable
     and hasattr(os, "memfd_create")
     and globals().get("__spec__", "") is None  # a script, and not yet the fresh one
 ):
     # To compile this file takes 10 MiB that the process never gives back: a fresh one
     # (of the same pid) goes on with the compiled code.
     code = marshal.dumps((sys._getframe().f_code, sys.path, sys.argv))
-    file = os.memfd_create("userapi", 0)
-    begin = (
-        "import marshal, sys; m = sys.modules['__main__'] = type(sys)('__main__');"
-        f"f = open({file}, 'rb'); c, sys.path[:], sys.argv[:] = marshal.load(f);"
-        "f.close(); m.__file__ = c.co_filename; del m.__spec__; exec(c, m.__dict__)"
-    )
     flags = getattr(sys, "orig_argv", [*sys.argv, ""])[1 : -len(sys.argv)]
-    with contextlib.suppress(OSError):  # under RLIMIT_FSIZE it may not fit
+    with contextlib.suppress(OSError):  # it is refused, or under RLIMIT_FSIZE too short
+        file = os.memfd_create("userapi", 0)
+        begin = (
+            "import marshal, sys; m = sys.modules['__main__'] = type(sys)('__main__');"
+            f"f = open({file}, 'rb'); c, sys.path[:], sys.argv[:] = marshal.load(f);"
+            "f.close(); m.__file__ = c.co_filename; del m.__spec__; exec(c, m.__dict__)"
+        )
         if os.pwrite(file, code, 0) == len(code):
             os.execv(sys.executable, [sys.executable, *flags, "-c", begin, *sys.argv])
 

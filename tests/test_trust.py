@@ -719,6 +719,16 @@ def failing(calls, when):
     return ["strace", "-f", "-qq", "-o", "/dev/null", "-e", inject]
 
 
+@pytest.mark.parametrize("call", ["memfd_create", "pwrite64", "execve"])
+def test_it_starts_where_it_may_not_start_itself_anew(call):
+    inject = f"inject={call}:error=EPERM:when={2 if call == 'execve' else 1}+"
+    traced = ["strace", "-qq", "-o", "/dev/null", "-e", inject]
+    command = [*traced, sys.executable, userapi.__file__, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert done.stdout == f"{userapi.__version__}\n"
+
+
 def write_and_read(server, writer, most):
     """What a lone writer does against a disk that fails now and then."""
     client, statuses = Client(server), collections.Counter()
