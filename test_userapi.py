@@ -1759,12 +1759,18 @@ def test_a_store_needs_no_fork(connect, monkeypatch):
 
 
 @of_files("its file")
-@pytest.mark.parametrize("replaced", [False, True])
-def test_a_file_that_went_away_takes_no_more_writes(client, db, template, replaced):
+@pytest.mark.parametrize("gone", ["file", "folder", "replaced"])
+def test_a_file_that_went_away_takes_no_more_writes(connect, tmp_path, template, gone):
     """They would be acknowledged, and be in a file that nobody can find."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    db = database(folder / "users.db", template)
+    client = connect(db)
     assert client("PATCH /api/user/1", {"item": {"name": "A"}}).status_int == 200
     db.unlink()
-    if replaced:
+    if gone == "folder":
+        shutil.rmtree(folder)
+    elif gone == "replaced":
         shutil.copy(template, db)
     assert client("POST /api/user", {"item": GRACE}).status_int == 503
     assert client("DELETE /api/user/1").status_int == 503

@@ -1192,12 +1192,15 @@ class Disk:
             return sys.maxsize
         import resource
 
-        disk = os.statvfs(os.path.dirname(self.path) or ".")
-        room, whole = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
-        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if limit != resource.RLIM_INFINITY:
-            room = min(room, limit - os.path.getsize(self.path))
-            whole = min(whole, limit)
+        try:
+            disk = os.statvfs(os.path.dirname(self.path) or ".")
+            room, whole = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+            limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+            if limit != resource.RLIM_INFINITY:
+                room = min(room, limit - os.path.getsize(self.path))
+                whole = min(whole, limit)
+        except OSError:  # not every file system tells; SQLite will
+            return sys.maxsize
         return room - min(SPARE, whole // 3)
 
     def size(self) -> int:

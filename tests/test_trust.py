@@ -729,6 +729,20 @@ def test_it_starts_where_it_may_not_start_itself_anew(call):
     assert done.stdout == f"{userapi.__version__}\n"
 
 
+def test_it_serves_where_the_system_tells_no_free_space(tmp_path):
+    trace = [
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        "/dev/null",
+        "-e",
+        "inject=statfs:error=ENOSYS",
+    ]
+    with Server(tmp_path / "users.db", prefix=trace) as server:
+        accepted(Client(server), "POST", "/user", user("Ada"))
+
+
 def write_and_read(server, writer, most):
     """What a lone writer does against a disk that fails now and then."""
     client, statuses = Client(server), collections.Counter()
