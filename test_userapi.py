@@ -5919,6 +5919,29 @@ def test_a_backup_goes_to_no_place_where_a_log_stands(command, tmp_path, end):
     assert not target.exists() and beside.read_bytes() == b"of another"
 
 
+@of_files("the copy of a file")
+@pytest.mark.parametrize("argv", [["backup"], ["export", "--format", "csv"]], ids=str)
+def test_what_comes_out_of_it_does_not_replace_its_log(command, db, connect, argv):
+    with contextlib.closing(connect(db)) as log:  # which is there as long as this
+        log("POST /api/user", {"item": {"name": "Ada", "mail": "ada@example.org"}})
+        for end in ("", "-wal", "-shm"):
+            before = db.with_name(db.name + end).read_bytes()
+            status, _, err = command(*argv, f"{db}{end}")
+            assert status == 1 and err.count("\n") == 1
+            assert db.with_name(db.name + end).read_bytes() == before
+
+
+@of_files("the copy of a file")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has none")
+def test_a_backup_replaces_nothing_but_a_file(command, tmp_path):
+    """Run by root with /dev/null, it would take that from the whole machine."""
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        status, _, err = command("backup", tmp_path / name)
+        assert status == 1 and err.count("\n") == 1
+    assert (tmp_path / "pipe").is_fifo()
+
+
 @of_files("the rights of its file")
 @pytest.mark.skipif(sys.platform == "win32", reason="has other rights")
 @pytest.mark.parametrize("argv", [["backup"], ["export", "--format", "csv"]], ids=str)

@@ -1156,11 +1156,14 @@ def refuse_shared_mail(db: sqlite3.Connection) -> None:
 @contextlib.contextmanager
 def whole_file(path: str, db: str) -> Iterator[str]:
     """The name of a file to write, which becomes `path` when it is whole, or never. The
-    database itself, which it comes from, it is not: Problem 409. It has the rights of
-    the file that it replaces, if there is one, else the database's."""
+    database that it comes from, its log or what is no file it does not replace: Problem
+    409. It has the rights of the file that it replaces, if there is one, else the
+    database's."""
     path, mode = os.path.realpath(path), 0o666
-    if path == os.path.realpath(db):
+    if re.fullmatch(re.escape(os.path.realpath(db)) + "(-wal|-shm|-journal)?", path):
         raise Problem(409, f"{path}: is the database itself")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Problem(409, f"{path}: is no file")
     for like in (db, path):
         with contextlib.suppress(OSError):
             mode = os.stat(like).st_mode & 0o666 | 0o600
@@ -1314,8 +1317,8 @@ class Database:
             raise Problem(503, f"cannot be read: {reason(fault)}") from None
         ends = ("-wal", "-journal")
         beside = [end for end in ends if os.path.exists(self.path + end)]
-        if os.path.isdir(self.path):
-            raise Problem(503, "is a folder")
+        if not os.path.isfile(self.path):  # a folder, a device, a pipe
+            raise Problem(503, "is no file")
         if size < 512 and (size or beside):
             detail = (
                 f"empty, with a {beside[0]} file beside it" if beside else "too small"
