@@ -4587,6 +4587,10 @@ def test_a_trusted_proxy_says_which_host_was_asked(connect):
     there = {"X-Forwarded-For": "127.0.0.9"}
     assert client("GET /api/user/1", headers=there).status_int == 200
     assert client("GET /api/user/1").status_int == 403, "8.8.8.8 is not this host"
+    proxied = connect(trusted_proxy="127.0.0.1,10.0.0.0/8")
+    for hops in ("10.0.0.7", "10.0.0.7, 10.0.0.8", "127.0.0.1:5, 10.0.0.8,"):
+        answer = proxied("GET /api/user/1", headers={"X-Forwarded-For": hops})
+        assert answer.status_int == 403, "who is trusted as a proxy is not this host"
     same_site = {**there, "Origin": "https://users.example"}
     assert client("DELETE /api/user/1", headers=same_site).status_int == 200
     other = {**there, "Origin": "https://localhost"}

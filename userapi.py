@@ -3607,10 +3607,10 @@ class Guard:
         """Take over what a trusted proxy says of the client (X-Forwarded-*)."""
         if not self.is_trusted(environ.get("REMOTE_ADDR", "")):
             return
-        forwarded = environ.get("HTTP_X_FORWARDED_FOR", "").replace(" ", "")
-        hops = [HOP_PORT.sub(r"\1\2", hop) for hop in forwarded.split(",")]
-        client = next((hop for hop in reversed(hops) if not self.is_trusted(hop)), "")
-        environ["REMOTE_ADDR"] = client or environ["REMOTE_ADDR"]
+        forwarded = environ.get("HTTP_X_FORWARDED_FOR") or environ["REMOTE_ADDR"]
+        hops = [HOP_PORT.sub(r"\1\2", hop.strip()) for hop in forwarded.split(",")]
+        strangers = (hop for hop in reversed(hops) if not self.is_trusted(hop))
+        environ["REMOTE_ADDR"] = next(strangers, hops[0])  # it may be a proxy's own
         for name, variable in (
             ("HOST", "HTTP_HOST"),
             ("PROTO", "wsgi.url_scheme"),
