@@ -5812,12 +5812,12 @@ class Server:
             with contextlib.suppress(NotImplementedError):
                 self.loop.remove_reader(sock.fileno())
         await asyncio.sleep(0)
+        if is_socket(self.settings.unix):  # later it might be a successor's
+            os.unlink(self.settings.unix)
         for server in servers:
             server.close()
         await self.drain()
         self.sweeper.cancel()
-        if is_socket(self.settings.unix):
-            os.unlink(self.settings.unix)
         if self.logging or self.remote and (self.reading or self.committing):
             os._exit(0)  # nobody takes the log or asks us: a thread would never end
         if self.group:

@@ -2204,6 +2204,27 @@ def test_a_unix_socket(tmp_path):
             server.kill()
 
 
+@unix
+def test_a_unix_socket_of_a_successor_stays(tmp_path):
+    """Who finishes what was begun listens no more: another may, by the same name."""
+    path = tmp_path / "api.sock"
+    first = Server(tmp_path / "first", "--unix", path, port=None)
+    first.unix = str(path)
+    with Client(first) as client:
+        whole = request("GET", "/health")
+        client.send(whole + whole[:-2])
+        assert client.answer().status == 200
+        first.signal(signal.SIGTERM)
+        wait_for(lambda: not path.exists(), "the end of listening", 4)
+        second = Server(tmp_path / "second", "--unix", path, port=None)
+        second.unix = str(path)
+        client.send(whole[-2:])
+        assert client.answer().status == 200
+    assert first.process.wait(20) == 0
+    with second, Client(second) as client:
+        assert client.ask(whole).status == 200
+
+
 def has_ipv6():
     try:
         with socket.create_server(("::1", 0), family=socket.AF_INET6):
