@@ -6262,6 +6262,8 @@ def run_arguments(arguments: list[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0 done, 1 failed, 2 wrong usage or a refused setting."""
     replace_closed()
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         return run_arguments(list(sys.argv[1:] if argv is None else argv))
     except BrokenPipeError:  # who reads our output has gone

@@ -1548,6 +1548,20 @@ def test_a_backup_that_is_killed_leaves_the_one_before(tmp_path):
     assert len(rows(copy)) == 3001
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("argv", [["backup"], ["export", "--format", "csv"]], ids=str)
+def test_half_a_copy_goes_when_it_is_interrupted(tmp_path, argv, number):
+    path, copy = sound(tmp_path / "users.db", 8000), tmp_path / "copy"
+    slow = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=pwrite64,write"]
+    slow += ["-e", "inject=pwrite64,write:delay_exit=10000"]
+    argv = [*slow, sys.executable, USERAPI, *argv, copy, "--db", path]
+    process = subprocess.Popen([str(part) for part in argv], env=CLEAN)
+    part = wait_for(lambda: list(tmp_path.glob("copy.*.part")), "a copy is begun")[0]
+    os.kill(int(part.name.split(".")[1]), number)
+    assert process.wait(60) == 1
+    assert not list(tmp_path.glob("copy*"))
+
+
 def test_a_backup_is_restored_by_copying(tmp_path):
     """The commands of the README."""
     text = (
