@@ -5695,8 +5695,22 @@ class Server:
     def in_thread(
         self, work: Callable[[], Any], then: Callable[[BaseException | None], None]
     ) -> None:
-        future = self.loop.run_in_executor(None, work)
-        future.add_done_callback(lambda future: then(future.exception()))
+        """Do the work in a thread, or here where none can be had; then go on here, with
+        what went wrong."""
+
+        def run() -> None:
+            fault = None
+            try:
+                work()
+            except Exception as raised:
+                fault = raised
+            with contextlib.suppress(RuntimeError):  # the loop may have ended
+                self.loop.call_soon_threadsafe(then, fault)
+
+        try:
+            threading.Thread(target=run, daemon=True).start()
+        except RuntimeError:  # a limit on threads or memory
+            run()
 
     def finish(self, done: list[tuple[Turn, Any]], fault: BaseException | None) -> None:
         """The commit has been tried: send the answers, or what went wrong."""

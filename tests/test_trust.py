@@ -729,16 +729,9 @@ def test_it_starts_where_it_may_not_start_itself_anew(call):
     assert done.stdout == f"{userapi.__version__}\n"
 
 
-def test_it_serves_where_the_system_tells_no_free_space(tmp_path):
-    trace = [
-        "strace",
-        "-f",
-        "-qq",
-        "-o",
-        "/dev/null",
-        "-e",
-        "inject=statfs:error=ENOSYS",
-    ]
+@pytest.mark.parametrize("what", ["statfs:error=ENOSYS", "clone,clone3:error=EAGAIN"])
+def test_it_serves_where_no_room_is_told_or_no_thread_started(tmp_path, what):
+    trace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"inject={what}"]
     with Server(tmp_path / "users.db", prefix=trace) as server:
         accepted(Client(server), "POST", "/user", user("Ada"))
 
