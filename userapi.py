@@ -1349,13 +1349,14 @@ class Database:
             ((application,),) = db.execute("PRAGMA application_id")
             ((version,),) = db.execute("PRAGMA user_version")
             made = db.execute(f"{NAMES_SQL} WHERE type = 'table'")
-            tables = [name for (name,) in made if not name.startswith("sqlite_")]
+            tables = {name for (name,) in made if not name.startswith("sqlite_stat")}
             columns = [row[1] for row in db.execute("PRAGMA table_info(users)")]
             check = "PRAGMA quick_check(1)" if closely else "SELECT 'ok'"
             whole = db.execute(check).fetchall() == [("ok",)]
         ours = application == APPLICATION_ID
-        original = not application and not version and tables in ([], ["users"])
-        if not ours and not (original and columns in ([], ORIGINAL)):
+        empty = tables <= {"sqlite_sequence"} and not columns
+        original = tables == {"users", "sqlite_sequence"} and columns == ORIGINAL
+        if not ours and (application or version or not (empty or original)):
             raise Problem(503, "is another program's database")
         if not 0 <= version <= len(MIGRATIONS):
             raise Problem(503, "was written by a newer userapi")

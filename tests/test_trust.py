@@ -844,6 +844,12 @@ BROKEN = {
     "another program's users": lambda path: foreign(
         path, "CREATE TABLE users (id INTEGER PRIMARY KEY, login TEXT)"
     ),
+    "another program's view of users": lambda path: foreign(
+        path, "CREATE VIEW users AS SELECT 1 user_id, '' user_name, '' user_mail"
+    ),
+    "another program's users, not counted": lambda path: foreign(
+        path, "CREATE TABLE users (user_id INTEGER PRIMARY KEY, user_name, user_mail)"
+    ),
     "another program's, numbered": lambda path: foreign(
         path, "CREATE TABLE t (a)", "PRAGMA user_version = 1"
     ),
