@@ -5827,8 +5827,8 @@ class Server:
             with contextlib.suppress(NotImplementedError):
                 self.loop.remove_reader(sock.fileno())
         await asyncio.sleep(0)
-        if is_socket(self.settings.unix):  # later it might be a successor's
-            os.unlink(self.settings.unix)
+        if is_socket(self.settings.unix) and not handed_over():
+            os.unlink(self.settings.unix)  # later it might be a successor's
         for server in servers:
             server.close()
         await self.drain()
@@ -5943,13 +5943,18 @@ def is_socket(path: str) -> bool:
         return False
 
 
+def handed_over() -> int:
+    """How many sockets the service manager has opened for this process."""
+    count = os.environ.get("LISTEN_FDS", "")
+    ours = os.environ.get("LISTEN_PID") == str(os.getpid())
+    return int(count) if ours and re.fullmatch("[1-9][0-9]?", count) else 0
+
+
 def open_sockets(settings: Settings) -> list[socket.socket]:
     """The sockets to listen on: handed over, Unix, or TCP. Raises SettingError."""
-    handed = os.environ.get("LISTEN_FDS", "")
-    ours = os.environ.get("LISTEN_PID") == str(os.getpid())
     try:
-        if ours and re.fullmatch("[1-9][0-9]?", handed):
-            return [socket.socket(fileno=3 + number) for number in range(int(handed))]
+        if handed := handed_over():
+            return [socket.socket(fileno=3 + number) for number in range(handed)]
         if settings.unix:
             if not hasattr(socket, "AF_UNIX"):
                 raise SettingError("this system has no Unix sockets")

@@ -2381,6 +2381,22 @@ def test_a_socket_handed_over_is_served(tmp_path):
 
 
 @linux
+def test_a_unix_socket_handed_over_is_the_service_managers(tmp_path):
+    path = tmp_path / "api.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        fd = listener.fileno()
+        argv = ["-c", HAND_OVER, fd, 0, 1, USERAPI, "--db", tmp_path / "users.db"]
+        flags = ("--unix", path)  # as it was before there was a unit for the socket
+        with Server(tmp_path, *flags, argv=argv, fds=(fd,), port=None) as server:
+            server.unix = str(path)
+            with Client(server) as client:
+                assert client.ask(request("GET", "/api/user")).status == 200
+    assert path.exists()
+
+
+@linux
 @pytest.mark.parametrize("pid,count", [(1, 1), (0, 0), (0, ""), (0, "some")])
 def test_a_socket_not_handed_to_this_process_is_left_alone(tmp_path, pid, count):
     with socket.create_server(("127.0.0.1", 0)) as listener:
