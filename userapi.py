@@ -4932,6 +4932,7 @@ SLOW_SYNC = 0.002  # seconds from which on a commit is given to a thread
 GATHER = 0.01  # seconds for which a group takes up what comes while it is run
 BURST = 32  # requests of one connection that are answered in one turn
 GRACE = 5  # seconds that are left to what was begun when the server is told to stop
+LOG_ROOM = 2 << 20  # characters of the access log that wait to be written
 #: the members of a line of the access log in JSON
 TOLD = ("at", "peer", "actor", "request", "status", "bytes", "ms", "referer", "agent")
 #: a part of a line of the log, in quotes, on one line and in ASCII
@@ -5579,6 +5580,7 @@ class Server:
         self.committing = self.stopping = self.waking = self.logging = False
         self.bodies = 0
         self.lines: list[str] = []
+        self.log_room = LOG_ROOM
         self.seen: set[str] = set()
         app.metrics.connections = lambda: len(self.connections)
         self.base: Environ = {
@@ -5780,22 +5782,24 @@ class Server:
         agent = environ.get("HTTP_USER_AGENT", "-")
         if self.settings.log == "json":
             entry = (utc_now(), peer, actor, request, int(status), sent, round(took, 2))
-            self.lines.append(json.dumps(dict(zip(TOLD, (*entry, referer, agent)))))
-            return
-        self.lines.append(
-            f"{peer} - {actor or '-'} [{self.clock}] {quoted(request)} {status} {sent}"
-            f" {quoted(referer)} {quoted(agent)} {took:.2f}"
-        )
+            line = json.dumps(dict(zip(TOLD, (*entry, referer, agent))))
+        else:
+            line = (
+                f"{peer} - {actor or '-'} [{self.clock}] {quoted(request)} {status}"
+                f" {sent} {quoted(referer)} {quoted(agent)} {took:.2f}"
+            )
+        if self.log_room > 0:  # else nobody takes them as fast as they come
+            self.lines.append(line)
+            self.log_room -= len(line)
+            if self.log_room < LOG_ROOM // 2:
+                self.write_log()
 
     def write_log(self) -> None:
         """Write the lines in a thread, as the one who reads them may be slow."""
-        lines, self.lines = self.lines, []
-        if lines and not self.logging:
-            self.logging = True
-            text = "\n".join(lines) + "\n"
+        if self.lines and not self.logging:
+            text = "\n".join(self.lines) + "\n"
+            self.lines, self.log_room, self.logging = [], LOG_ROOM, True
             self.in_thread(functools.partial(write_text, text), self.logged)
-        elif lines:
-            self.lines = lines[-10_000:]
 
     def logged(self, fault: BaseException | None) -> None:
         self.logging = False

@@ -2715,6 +2715,23 @@ def test_a_log_that_nobody_reads_blocks_nobody(tmp_path):
             process.wait(10)
 
 
+@linux
+def test_long_lines_of_the_log_fill_no_memory(tmp_path):
+    """A byte of a header can be six of the log, and there are many in a second."""
+
+    def peak(server):
+        status = Path(f"/proc/{server.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1024
+
+    with Server(tmp_path, "--log", "text") as server, Client(server) as client:
+        before = peak(server)
+        asked = request("GET", "/health", None, "User-Agent: " + "\xff" * 7500)
+        for _ in range(250):
+            client.send(asked * 8)
+            assert all(client.answer().status == 200 for _ in range(8))
+        assert peak(server) - before < 30
+
+
 Door = collections.namedtuple("Door", "host port unix")
 
 
