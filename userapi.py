@@ -387,7 +387,7 @@ NUMBER = (
     rf"|{_ANY}[0-9]{_ANY}x[0-9]+|{_ANY}x[0-9]{{2,}})|\({_ANY}x[0-9]{{3,}})$"
 )
 TIME = re.compile(
-    r"(\d{4}-\d\d-\d\d)[Tt ]((?!24)\d\d:\d\d:\d\d)"  # Python 3.14 would take 24:00
+    r"\d{4}-\d\d-\d\d[Tt ](?!24)\d\d:\d\d:\d\d"  # Python 3.14 would take 24:00
     r"(?:\.(\d+))?(?:[Zz]|([+-]\d\d:[0-5]\d))",
     re.ASCII,
 )
@@ -482,16 +482,15 @@ def clean_name(value: str) -> str:
 
 def check_time(value: Any) -> str:
     """A time of RFC 3339 in UTC with milliseconds. Raises ValueError."""
-    if isinstance(value, str) and STORED_TIME.fullmatch(value):
-        return value
-    match = TIME.fullmatch(value) if isinstance(value, str) else None
     try:
-        day, clock, fraction, offset = match.groups()  # type: ignore[union-attr]
-        when = datetime.datetime.fromisoformat(f"{day}T{clock}{offset or '+00:00'}")
-        when = when.astimezone(datetime.timezone.utc)
-    except (AttributeError, ValueError, OverflowError):
+        if STORED_TIME.fullmatch(value):
+            return str(value)
+        fraction, offset = TIME.fullmatch(value).groups("")  # type: ignore[union-attr]
+        when = datetime.datetime.fromisoformat(value[:19] + (offset or "+00:00"))
+        utc = when.astimezone(datetime.timezone.utc)
+    except (TypeError, AttributeError, ValueError, OverflowError):
         raise ValueError("is not a time (RFC 3339)") from None
-    return f"{when.isoformat()[:19]}.{(fraction or '')[:3]:0<3}Z"
+    return f"{utc.isoformat()[:19]}.{fraction[:3]:0<3}Z"
 
 
 ID = {"type": "integer", "minimum": 1, "maximum": MAX_ID}
@@ -742,15 +741,10 @@ def read_columns(line: int, header: list[str], rows: list[Any]) -> Columns | Non
     return Columns(line, ids, columns["name"], columns["mail"])
 
 
-@functools.lru_cache(maxsize=1)
-def utc_second(second: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-
-
 def utc_now() -> str:
     """Now, as it is stored and shown: RFC 3339, UTC, milliseconds."""
-    second, millisecond = divmod(time.time_ns() // 1_000_000, 1000)
-    return f"{utc_second(second)}.{millisecond:03}Z"
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def fold(value: str) -> str:
@@ -2741,28 +2735,20 @@ class Operation:
 
 
 OPERATIONS: list[Operation] = []  # what there is, in the order of the handlers
+ROWS, ROW = "/user/<id:id>/{0.name}", "/user/<id:id>/{0.name}/<n:id>"
 
 
-def operations(*described: tuple[Any, ...]) -> Callable[[Handler], Handler]:
-    """Have a function run operations, described by the arguments of Operation."""
-
-    def register(run: Handler) -> Handler:
-        OPERATIONS.extend(Operation(run, USER, *each) for each in described)
-        return run
-
-    return register
-
-
-def row_operations(*described: tuple[Any, ...]) -> Callable[[Handler], Handler]:
-    """The same below a user, for each kind of rows, whose words go into the texts."""
+def operations(
+    *described: tuple[Any, ...], shapes: Iterable[Shape] = (USER,)
+) -> Callable[[Handler], Handler]:
+    """Have a function run operations on each of the shapes, whose words go into the
+    texts. They are described by the further arguments of Operation."""
 
     def register(run: Handler) -> Handler:
-        for shape in SHAPES.values():
-            for name, method, end, text, *more in described:
-                texts = [part.format(shape) for part in (name, text)]
-                path = f"/user/<id:id>/{shape.name}{end}"
-                made = Operation(run, shape, texts[0], method, path, texts[1], *more)
-                OPERATIONS.append(made)
+        for shape in shapes:
+            for each in described:
+                texts = [text.format(shape) for text in each[:4]]
+                OPERATIONS.append(Operation(run, shape, *texts, *each[4:]))
         return run
 
     return register
@@ -3264,9 +3250,10 @@ def import_body(call: Call, saving: Saving) -> Answer:
 # Phones and addresses
 
 
-@row_operations(
-    ("list_{0.plural}", "GET", "", "The {0.title} list of a user."),
-    ("get_{0.name}", "GET", "/<n:id>", "One {0.title} of a user."),
+@operations(
+    ("list_{0.plural}", "GET", ROWS, "The {0.title} list of a user."),
+    ("get_{0.name}", "GET", ROW, "One {0.title} of a user."),
+    shapes=SHAPES.values(),
 )
 def get_rows(call: Call) -> Answer:
     """A user's phones or addresses, or the one that the path names."""
@@ -3279,15 +3266,16 @@ def get_rows(call: Call) -> Answer:
     return call.tagged(f'{{"results": {rows}}}'.encode(), f'"{version}"')
 
 
-@row_operations(
-    ("create_{0.name}", "POST", "", "Add a {0.title} to a user, or many."),
-    ("replace_{0.plural}", "PUT", "",
+@operations(
+    ("create_{0.name}", "POST", ROWS, "Add a {0.title} to a user, or many."),
+    ("replace_{0.plural}", "PUT", ROWS,
         "Replace each {0.title} of a user that the items name."),
-    ("merge_{0.plural}", "PATCH", "",
+    ("merge_{0.plural}", "PATCH", ROWS,
         "Merge each item into the {0.title} of a user that it names (RFC 7396)."),
-    ("replace_{0.name}", "PUT", "/<n:id>", "Replace one {0.title} of a user."),
-    ("merge_{0.name}", "PATCH", "/<n:id>",
+    ("replace_{0.name}", "PUT", ROW, "Replace one {0.title} of a user."),
+    ("merge_{0.name}", "PATCH", ROW,
         "Merge the item into one {0.title} of a user (RFC 7396)."),
+    shapes=SHAPES.values(),
 )  # fmt: skip
 def save_rows(call: Call) -> Answer:
     """Save the items of the body below a user; answered with the rows as they are now,
@@ -3308,10 +3296,11 @@ def save_rows(call: Call) -> Answer:
     ("delete_user", "DELETE", "/user/<id:id>",
         "Delete a user with its phone numbers and addresses."),
 )  # fmt: skip
-@row_operations(
-    ("delete_{0.plural}", "DELETE", "",
+@operations(
+    ("delete_{0.plural}", "DELETE", ROWS,
         "Delete each {0.title} of a user that the parameter id names.", ("id",)),
-    ("delete_{0.name}", "DELETE", "/<n:id>", "Delete one {0.title} of a user."),
+    ("delete_{0.name}", "DELETE", ROW, "Delete one {0.title} of a user."),
+    shapes=SHAPES.values(),
 )  # fmt: skip
 def delete_items(call: Call) -> Answer:
     """Delete the user or row that the path names, or those of the parameter id.
