@@ -54,6 +54,7 @@ import asyncio
 import base64
 import bisect
 import collections
+import csv
 import datetime
 import functools
 import gc
@@ -70,7 +71,6 @@ import signal
 import socket
 import sqlite3
 import stat
-import string
 import threading
 import time
 import traceback
@@ -2969,8 +2969,6 @@ def ndjson_entries(file: Any) -> Iterator[Entry]:
 
 def read_csv(file: Any) -> Iterator[Columns | list[Entry]]:
     """The items of CSV (RFC 4180) with their physical lines; the header is line 1."""
-    import csv
-
     reader = csv.reader(map(bytes.decode, read_lines(file)), strict=True)
     while (first := take_rows(reader, 1)) == [[]]:
         pass  # a blank line
@@ -2983,8 +2981,6 @@ def read_csv(file: Any) -> Iterator[Columns | list[Entry]]:
 
 def take_rows(reader: Any, most: int) -> list[Any]:
     """The next rows of a CSV reader; the last is a BadLine if it could not be read."""
-    import csv
-
     rows: list[Any] = []
     try:
         rows.extend(itertools.islice(reader, most))
@@ -3016,17 +3012,16 @@ def check_header(rows: list[Any]) -> list[str]:
 def csv_entries(line: int, header: list[str], rows: list[Any]) -> Iterator[Entry]:
     """The items of these rows, of which the first begins at the line."""
     for cells in rows:
-        place = Place("#", line)
-        if isinstance(cells, BadLine):
-            yield place, cells
-            continue
-        line += 1 + "".join(cells).count("\n")
-        if cells and (len(cells) > 1 or cells[0].strip()):
-            yield place, csv_item(header, cells)
+        text = "".join(cells)
+        if len(cells) > 1 or text.strip():  # it is no blank line
+            yield Place("#", line), csv_item(header, cells)
+        line += 1 + text.count("\n")
 
 
-def csv_item(header: list[str], cells: list[str]) -> Any:
+def csv_item(header: list[str], cells: Any) -> Any:
     """The item that a row of cells is, or a BadLine."""
+    if isinstance(cells, BadLine):
+        return cells
     if len(cells) != len(header):
         return BadLine(f"has {len(cells)} cells where the header has {len(header)}")
     item: Item = dict(zip(header, map(unguard, cells)))
@@ -3063,8 +3058,6 @@ def read_batches(file: Any, media: str, watch: Callable[[int], None]) -> Iterato
 
 
 def csv_lines(rows: Iterable[Sequence[Any]]) -> bytes:
-    import csv
-
     out = io.StringIO()
     csv.writer(out).writerows([guard(cell) for cell in row] for row in rows)
     return out.getvalue().encode()
@@ -4350,10 +4343,10 @@ def get_postman(call: Call) -> Answer:
 HTML_DOCUMENT = r"""
 <!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>$title</title>
+<title>{title}</title>
 <link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>">
-<style>$style</style>
-<body $about>$body<script>$script</script>
+<style>{style}</style>
+<body {about}>{body}<script>{script}</script>
 """  # noqa: E501
 
 PAGE_STYLE = r"""
@@ -4749,8 +4742,7 @@ def html_answer(style: str, script: str, **parts: str) -> Answer:
         " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none';"
         " frame-ancestors 'none'"
     ).format(*(base64.b64encode(digest).decode() for digest in digests))
-    document = string.Template(HTML_DOCUMENT.strip())
-    text = document.substitute(parts, style=style, script=script)
+    text = HTML_DOCUMENT.strip().format(style=style, script=script, **parts)
     return Answer(text.encode(), [("Content-Security-Policy", policy)], HTML_UTF8)
 
 
@@ -4777,12 +4769,12 @@ def form_sheet(shape: Shape) -> str:
 
 @operations(("get_page", "GET", "/", "The admin page.", (), (HTML,)))
 def get_page(call: Call) -> Answer:
-    path, sheets = html.escape(call.prefix), map(form_sheet, (USER, *SHAPES.values()))
+    path = html.escape(call.prefix)
+    sheets = "".join(map(form_sheet, (USER, *SHAPES.values())))
     kinds = "open" * (call.actor is None) + " reader" * (call.role != "admin")
     about = f'data-base="{path}" data-seq="{call.store.last_seq()}" class="{kinds}"'
-    body = string.Template(PAGE_HTML.strip())
-    text = body.substitute(prefix=path, sheets="".join(sheets))
-    return html_answer(PAGE_STYLE, PAGE_SCRIPT, title="Users", about=about, body=text)
+    body = PAGE_HTML.strip().replace("$prefix", path).replace("$sheets", sheets)
+    return html_answer(PAGE_STYLE, PAGE_SCRIPT, title="Users", about=about, body=body)
 
 
 DOCS_STYLE = r"""
