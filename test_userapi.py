@@ -1467,6 +1467,48 @@ def test_another_program_gives_a_user_another_id(client):
     ]
 
 
+REPLACE = "REPLACE INTO users (user_id, user_name, user_mail) VALUES (3, 'Eve', 'e@x')"
+
+
+@of_files("what other programs write is noticed by triggers")
+@pytest.mark.parametrize(
+    "statement", [REPLACE, "UPDATE OR REPLACE users SET user_id = 3 WHERE user_id = 1"]
+)
+def test_another_program_replaces_a_user(client, statement):
+    """No version of it comes twice, and no number of its phones is given twice."""
+    client("PATCH /api/user/3", {"item": {"name": "Eva"}})
+    run_sql(client.db, statement)
+    assert client.etag(3) == '"3"'
+    added = client("POST /api/user/3/phone", {"item": {"number": "999"}}).json
+    assert added["results"] == [{"id": 2, "label": "", "number": "999"}]
+    numbers = client("GET /api/user/3/phone").json["results"]
+    assert numbers == [PHONE, *added["results"]]
+
+
+@of_files("what other programs write is noticed by triggers")
+def test_another_program_moves_a_user_there_and_back_and_there(client):
+    """Whoever has the id next has another version; an id of then is not given again."""
+    for new, old in ((2000, 1), (1, 2000), (2000, 1), (1, 2000)):
+        move = f"UPDATE OR IGNORE users SET user_id = {new} WHERE user_id = {old}"
+        run_sql(client.db, move)
+    assert client.etag(1) == '"5"'
+    client("POST /api/user", {"item": {"id": 2000, **GRACE}})
+    assert client.etag(2000) == '"5"'  # 4 was that of the user before
+    run_sql(client.db, "UPDATE users SET user_id = 3000 WHERE user_id = 1")
+    client("DELETE /api/user/3000")
+    added = client("POST /api/user", {"item": GRACE}).json["results"]
+    assert added[0]["id"] == 3001
+
+
+@of_files("what other programs write is noticed by triggers")
+def test_another_program_gives_a_phone_to_another_user(client):
+    last = client.changes()[-1]["seq"]
+    run_sql(client.db, "UPDATE user_phone SET user_id = 1 WHERE user_id = 3")
+    log = [(change["user"], change["fields"]) for change in client.changes(since=last)]
+    assert sorted(log) == [(1, ["phone"]), (3, ["phone"])]
+    assert [user["version"] for user in client.users()] == [2, 1, 2, 1]
+
+
 @of_files("what other programs write is noticed by triggers")
 def test_another_programs_text_is_found_and_sorted(client):
     run_sql(client.db, OLD_INSERT, "ADA", "Ada@Example.ORG")

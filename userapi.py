@@ -782,6 +782,18 @@ _NOW = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
 _LAST_SEQ = "coalesce((SELECT max(seq) FROM changes), 0)"
 _BOTH = """'["name", "mail"]'"""
 _MOVED = " WHERE NEW.user_id <> OLD.user_id"
+_COUNTED = "".join(  # ids of rows that are there already are not given again
+    f", last_{name} = max(last_{name}, coalesce((SELECT max(id) FROM user_{name}"
+    " WHERE user_id = NEW.user_id), 0))"
+    for name in SHAPES
+)
+#: takes up a user that another program wrote; no version of its id comes twice
+_TAKE_UP = (
+    f"UPDATE users SET updated = {_NOW}, version = 1 + max(version, coalesce((SELECT"
+    " max(version) FROM graves WHERE user_id IN (NEW.user_id, 0)), 0)),"
+    f" name_fold = lower(user_name), mail_fold = lower(user_mail){_COUNTED}"
+    " WHERE user_id = NEW.user_id;"
+)
 
 
 def log_sql(op: str, user: str, fields: str) -> str:
@@ -792,34 +804,35 @@ def log_sql(op: str, user: str, fields: str) -> str:
     )
 
 
+def row_trigger(shape: Shape, event: str, row: str, when: str) -> str:
+    """The trigger on another program's writes to a kind of rows below a user."""
+    table, fields = f"user_{shape.name}", f"""'["{shape.name}"]'"""
+    return (
+        f"CREATE TRIGGER {table}_{event.lower().replace(' ', '_')} AFTER {event} ON"
+        f" {table} WHEN {when} AND"
+        f" EXISTS (SELECT 1 FROM users WHERE user_id = {row}.user_id) BEGIN"
+        f" UPDATE users SET version = version + 1, updated = {_NOW},"
+        f" last_{shape.name} = max(last_{shape.name}, {row}.id)"
+        f" WHERE user_id = {row}.user_id;"
+        f" {log_sql('update', row + '.user_id', fields)}; END"
+    )
+
+
 def rows_sql(shape: Shape) -> list[str]:
     """The table of a kind of rows below a user, and the triggers on it.
 
     Our own writes set `stamp` to the user's new version, so that the triggers leave
     them alone; another program's leave it as it was.
     """
-    table, fields = f"user_{shape.name}", f"""'["{shape.name}"]'"""
     declared = "".join(f" {f.column} TEXT NOT NULL DEFAULT ''," for f in shape.columns)
-    statements = [
-        f"CREATE TABLE {table} (user_id INTEGER NOT NULL, id INTEGER NOT NULL,"
-        f"{declared} stamp INTEGER NOT NULL DEFAULT 0,"
-        " PRIMARY KEY (user_id, id)) WITHOUT ROWID"
+    return [
+        f"CREATE TABLE user_{shape.name} (user_id INTEGER NOT NULL,"
+        f" id INTEGER NOT NULL,{declared} stamp INTEGER NOT NULL DEFAULT 0,"
+        " PRIMARY KEY (user_id, id)) WITHOUT ROWID",
+        row_trigger(shape, "INSERT", "NEW", "NEW.stamp = 0"),
+        row_trigger(shape, "UPDATE", "NEW", "NEW.stamp = OLD.stamp"),
+        row_trigger(shape, "DELETE", "OLD", "OLD.stamp >= 0"),
     ]
-    for event, row, when in (
-        ("INSERT", "NEW", "NEW.stamp = 0"),
-        ("UPDATE", "NEW", "NEW.stamp = OLD.stamp"),
-        ("DELETE", "OLD", "OLD.stamp >= 0"),
-    ):
-        exists = f"EXISTS (SELECT 1 FROM users WHERE user_id = {row}.user_id)"
-        statements.append(
-            f"CREATE TRIGGER {table}_{event.lower()} AFTER {event} ON {table}"
-            f" WHEN {when} AND {exists} BEGIN"
-            f" UPDATE users SET version = version + 1, updated = {_NOW},"
-            f" last_{shape.name} = max(last_{shape.name}, {row}.id)"
-            f" WHERE user_id = {row}.user_id;"
-            f" {log_sql('update', row + '.user_id', fields)}; END"
-        )
-    return statements
 
 
 #: Each step takes the schema one version further; PRAGMA user_version counts them.
@@ -856,12 +869,6 @@ MIGRATIONS = (
         " role TEXT NOT NULL, created TEXT NOT NULL, used TEXT NOT NULL DEFAULT '')",
         *rows_sql(PHONE),
         *rows_sql(ADDRESS),
-        "CREATE TRIGGER users_insert AFTER INSERT ON users WHEN NEW.version = 0 BEGIN"
-        f" {log_sql('create', 'NEW.user_id', _BOTH)};"
-        f" UPDATE users SET created = {_NOW}, updated = {_NOW},"
-        " name_fold = lower(user_name), mail_fold = lower(user_mail),"
-        " version = 1 + coalesce((SELECT max(version) FROM graves WHERE user_id IN"
-        " (NEW.user_id, 0)), 0) WHERE user_id = NEW.user_id; END",
         # INSERT OR REPLACE deletes without a word to the trigger on DELETE
         "CREATE TRIGGER users_replace BEFORE INSERT ON users WHEN NEW.version = 0 BEGIN"
         " INSERT OR REPLACE INTO graves SELECT user_id, version FROM users"
@@ -875,20 +882,36 @@ MIGRATIONS = (
         " AND op = 'delete' AND user = OLD.user_id); END",
         f"PRAGMA application_id = {APPLICATION_ID}",
     ),
+    (),  # users_update, as it was before it stood below
     (
-        # before, a user whose id another program changed left its phones behind
+        # before, INSERT OR REPLACE and UPDATE OR REPLACE gave ids of phones and ETags
+        # twice, and who lost a phone to another user was not told
+        *(
+            row_trigger(
+                shape,
+                "UPDATE OF user_id",
+                "OLD",
+                "NEW.stamp = OLD.stamp AND NEW.user_id <> OLD.user_id",
+            )
+            for shape in SHAPES.values()
+        ),
+        "DROP TRIGGER IF EXISTS users_insert",
+        "CREATE TRIGGER users_insert AFTER INSERT ON users WHEN NEW.version = 0 BEGIN"
+        f" {log_sql('create', 'NEW.user_id', _BOTH)}; {_TAKE_UP}"
+        f" UPDATE users SET created = updated WHERE user_id = NEW.user_id; END",
+        # an upsert: of the statement's own OR IGNORE comes no other conflict's
+        "CREATE TRIGGER users_move BEFORE UPDATE OF user_id ON users BEGIN"
+        " INSERT INTO graves SELECT user_id, version FROM users WHERE user_id IN"
+        " (OLD.user_id, NEW.user_id)"
+        " ON CONFLICT (user_id) DO UPDATE SET version = excluded.version; UPDATE"
+        " sqlite_sequence SET seq = max(seq, NEW.user_id) WHERE name = 'users'; END",
         "DROP TRIGGER IF EXISTS users_update",
         "CREATE TRIGGER users_update AFTER UPDATE OF user_id, user_name, user_mail"
         " ON users WHEN NEW.version = OLD.version BEGIN"
-        f" UPDATE users SET updated = {_NOW}, version = 1 + max(version, coalesce("
-        "(SELECT version FROM graves WHERE user_id = NEW.user_id), 0)),"
-        " name_fold = lower(user_name), mail_fold = lower(user_mail)"
-        " WHERE user_id = NEW.user_id;"
         " UPDATE user_phone SET user_id = NEW.user_id, stamp = stamp + 1"
         f"{_MOVED} AND user_id = OLD.user_id;"
         " UPDATE user_address SET user_id = NEW.user_id, stamp = stamp + 1"
-        f"{_MOVED} AND user_id = OLD.user_id;"
-        f" INSERT OR REPLACE INTO graves SELECT OLD.user_id, OLD.version{_MOVED}; "
+        f"{_MOVED} AND user_id = OLD.user_id; {_TAKE_UP} "
         + log_sql("delete", "OLD.user_id", "'[]'" + _MOVED)
         + "; "
         + log_sql("create", "NEW.user_id", _BOTH + _MOVED)

@@ -2000,7 +2000,60 @@ VERSION_2 = re.sub(
     r"(?s)\nCREATE TRIGGER users_update .*?END;\n", lambda _: USERS_UPDATE, VERSION_1
 ).replace("user_version = 1", "user_version = 2")
 
-VERSIONS = [VERSION_0, VERSION_1, VERSION_2]
+#: version 3 has two triggers otherwise, and three more
+TRIGGERS = """
+CREATE TRIGGER users_insert AFTER INSERT ON users WHEN NEW.version = 0 BEGIN INSERT INTO
+changes (at, actor, op, user, fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'),
+NULL, 'create', NEW.user_id, '["name", "mail"]'; UPDATE users SET updated =
+strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), version = 1 + max(version, coalesce((SELECT
+max(version) FROM graves WHERE user_id IN (NEW.user_id, 0)), 0)), name_fold =
+lower(user_name), mail_fold = lower(user_mail), last_phone = max(last_phone,
+coalesce((SELECT max(id) FROM user_phone WHERE user_id = NEW.user_id), 0)), last_address
+= max(last_address, coalesce((SELECT max(id) FROM user_address WHERE user_id =
+NEW.user_id), 0)) WHERE user_id = NEW.user_id; UPDATE users SET created = updated WHERE
+user_id = NEW.user_id; END;
+CREATE TRIGGER users_move BEFORE UPDATE OF user_id ON users BEGIN INSERT INTO graves
+SELECT user_id, version FROM users WHERE user_id IN (OLD.user_id, NEW.user_id) ON
+CONFLICT (user_id) DO UPDATE SET version = excluded.version; UPDATE sqlite_sequence SET
+seq = max(seq, NEW.user_id) WHERE name = 'users'; END;
+CREATE TRIGGER users_update AFTER UPDATE OF user_id, user_name, user_mail ON users WHEN
+NEW.version = OLD.version BEGIN UPDATE user_phone SET user_id = NEW.user_id, stamp =
+stamp + 1 WHERE NEW.user_id <> OLD.user_id AND user_id = OLD.user_id; UPDATE
+user_address SET user_id = NEW.user_id, stamp = stamp + 1 WHERE NEW.user_id <>
+OLD.user_id AND user_id = OLD.user_id; UPDATE users SET updated =
+strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), version = 1 + max(version, coalesce((SELECT
+max(version) FROM graves WHERE user_id IN (NEW.user_id, 0)), 0)), name_fold =
+lower(user_name), mail_fold = lower(user_mail), last_phone = max(last_phone,
+coalesce((SELECT max(id) FROM user_phone WHERE user_id = NEW.user_id), 0)), last_address
+= max(last_address, coalesce((SELECT max(id) FROM user_address WHERE user_id =
+NEW.user_id), 0)) WHERE user_id = NEW.user_id; INSERT INTO changes (at, actor, op, user,
+fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), NULL, 'delete', OLD.user_id, '[]'
+WHERE NEW.user_id <> OLD.user_id; INSERT INTO changes (at, actor, op, user, fields)
+SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), NULL, 'create', NEW.user_id,
+'["name", "mail"]' WHERE NEW.user_id <> OLD.user_id; INSERT INTO changes (at, actor, op,
+user, fields) SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), NULL, 'update', NEW.user_id,
+'[' || substr(CASE WHEN NEW.user_name <> OLD.user_name THEN ', "name"' ELSE '' END ||
+CASE WHEN NEW.user_mail <> OLD.user_mail THEN ', "mail"' ELSE '' END, 3) || ']' WHERE
+NEW.user_id = OLD.user_id; END;
+CREATE TRIGGER user_phone_update_of_user_id AFTER UPDATE OF user_id ON user_phone WHEN
+NEW.stamp = OLD.stamp AND NEW.user_id <> OLD.user_id AND EXISTS (SELECT 1 FROM users
+WHERE user_id = OLD.user_id) BEGIN UPDATE users SET version = version + 1, updated =
+strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), last_phone = max(last_phone, OLD.id) WHERE
+user_id = OLD.user_id; INSERT INTO changes (at, actor, op, user, fields) SELECT
+strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), NULL, 'update', OLD.user_id, '["phone"]'; END;
+CREATE TRIGGER user_address_update_of_user_id AFTER UPDATE OF user_id ON user_address
+WHEN NEW.stamp = OLD.stamp AND NEW.user_id <> OLD.user_id AND EXISTS (SELECT 1 FROM
+users WHERE user_id = OLD.user_id) BEGIN UPDATE users SET version = version + 1, updated
+= strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), last_address = max(last_address, OLD.id) WHERE
+user_id = OLD.user_id; INSERT INTO changes (at, actor, op, user, fields) SELECT
+strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), NULL, 'update', OLD.user_id, '["address"]'; END;
+"""
+VERSION_3 = re.sub(
+    r"(?ms)^CREATE TRIGGER users_(?:insert|update) .*?END;\n", "", VERSION_2
+).replace("\nCOMMIT;\nPRAGMA", f"{TRIGGERS}COMMIT;\nPRAGMA")
+VERSION_3 = VERSION_3.replace("user_version = 2", "user_version = 3")
+
+VERSIONS = [VERSION_0, VERSION_1, VERSION_2, VERSION_3]
 TABLES = (
     "users", "user_phone", "user_address", "changes", "retries", "tokens", "graves",
 )  # fmt: skip
