@@ -5887,6 +5887,7 @@ class Server:
         end = time.monotonic() + GRACE
         self.wake()
         while time.monotonic() < end:
+            await asyncio.sleep(0.01)  # for what has been sent and is not yet read
             begun = self.committing or bool(self.waiting)
             for connection in list(self.connections):
                 idle = connection.parser.is_idle() and not connection.busy
@@ -5896,7 +5897,6 @@ class Server:
                     connection.transport.close()
             if not begun:
                 break
-            await asyncio.sleep(0.01)
         for connection in list(self.connections):
             connection.transport.abort()
         while (self.committing or self.logging) and time.monotonic() < end:

@@ -412,6 +412,28 @@ def test_wherever_the_log_breaks_off_a_prefix_of_history_is_left(disk, tail):
     print(f"\n{len(offsets)} cuts: {len(set(found))} states, each of the history")
 
 
+def test_what_comes_while_listening_ends_is_answered(tmp_path):
+    """On a connection that was idle then; most times, as this process may be slow."""
+    ask, answered = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(30)
+        env = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        for _ in range(5):
+            server = Server(tmp_path / "users.db", env=env)
+            with socket.create_connection(("127.0.0.1", server.port), 30) as sock:
+                sock.sendall(ask)
+                assert sock.recv(9999).startswith(b"HTTP/1.1 200 ")
+                server.process.send_signal(signal.SIGTERM)
+                while b"STOPPING=1" not in manager.recv(99):
+                    pass
+                with contextlib.suppress(ConnectionError):
+                    sock.sendall(ask)
+                    answered.append(sock.recv(9999).startswith(b"HTTP/1.1 200 "))
+            assert server.process.wait(30) == 0
+    assert answered.count(True) >= 3
+
+
 @pytest.mark.slow
 def test_a_signal_under_load_leaves_no_begun_request_unanswered(tmp_path):
     path = tmp_path / "users.db"
