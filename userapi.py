@@ -170,6 +170,7 @@ class Settings:
     default. Raises SettingError."""
 
     if TYPE_CHECKING:
+        unique_mail: Any
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -333,8 +334,10 @@ def to_json(value: Any) -> bytes:
 
 
 DISK_FULL = "there is no room on the disk"
-#: from the first of these in SQLite's message, or an SQLSTATE, to the problem it is
+#: from the first of these in SQLite's name of the fault and its message, or in an
+#: SQLSTATE, to the problem it is
 DATABASE_PROBLEMS = (
+    ("SQLITE_IOERR(?!.*(WRITE|SHMSIZE))", 503, "the disk does not answer"),
     ("full|53100", 507, DISK_FULL),
     ("disk I/O error", 507, "the disk does not take what is written"),
     ("locked|55P03", 503, "another program holds the database"),
@@ -350,16 +353,14 @@ DATABASE_FAULTS = (sqlite3.Error, UnicodeDecodeError)
 
 def database_problem(fault: Exception) -> Problem:
     """What a fault of SQLite means to a client; its text stays here."""
-    name = getattr(fault, "sqlite_errorname", "")
+    text = f"{getattr(fault, 'sqlite_errorname', '')} {fault}"
     for part, status, detail in DATABASE_PROBLEMS:
-        if re.search(part, str(fault)):
-            if re.match("SQLITE_IOERR(?!.*(WRITE|SHMSIZE))", name):
-                return busy("the disk does not answer", 5)
+        if re.search(part, text):
             later = [("Retry-After", "5")] if status >= 500 else []
             return Problem(status, detail, headers=later)
     if isinstance(fault, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):
         raise fault
-    return Problem(503, "the database is damaged", headers=[("Retry-After", "60")])
+    return busy("the database is damaged", 60)
 
 
 # ── Fields ────────────────────────────────────────────────────────────────────────
@@ -3509,6 +3510,11 @@ def read_networks(addresses: Sequence[str]) -> list[Any]:
         raise SettingError(f"trusted_proxy: {fault}") from None
 
 
+#: they remember, as the same few clients come again
+is_loopback = functools.lru_cache(maxsize=64)(LOOPBACK.fullmatch)
+is_local = functools.lru_cache(maxsize=64)(LOCAL_HOST.fullmatch)
+
+
 class Guard:
     """Who gets in: this host without a token, else who has one; no other site."""
 
@@ -3595,7 +3601,8 @@ class Guard:
         site, origin = call.header("SEC_FETCH_SITE"), call.header("ORIGIN")
         ours = site in ("same-origin", "none")
         if site is None:
-            ours = origin is None or origin_host(origin) == own_host(call)
+            own = f"{call.environ['wsgi.url_scheme']}://{call.header('HOST')}"
+            ours = origin is None or origin_host(origin) == origin_host(own)
         if not ours and not self.is_listed(call):
             raise Problem(403, "another site's page may not write here: see cors")
 
@@ -3625,27 +3632,10 @@ class Guard:
             value = environ.get(f"HTTP_X_FORWARDED_{name}")
             if value:
                 environ[variable] = value
-        if "HTTP_X_FORWARDED_PREFIX" in environ:
-            prefix = environ["SCRIPT_NAME"].strip("/")
-            environ["SCRIPT_NAME"] = f"/{prefix}" if prefix else ""
         prefix, path = environ.get("SCRIPT_NAME", ""), environ.get("PATH_INFO", "")
-        if prefix and f"{path}/".startswith(f"{prefix}/"):  # a proxy that keeps it
+        environ["SCRIPT_NAME"] = prefix = f"/{prefix.strip('/')}".rstrip("/")
+        if f"{path}/".startswith(f"{prefix}/"):  # a proxy that keeps it
             environ["PATH_INFO"] = path[len(prefix) :]
-
-
-@functools.lru_cache(maxsize=64)
-def is_loopback(address: str) -> bool:
-    return LOOPBACK.fullmatch(address) is not None
-
-
-@functools.lru_cache(maxsize=64)
-def is_local(host: str) -> bool:
-    return LOCAL_HOST.fullmatch(host) is not None
-
-
-def own_host(call: Call) -> str:
-    """The Host of the request with its port, in the form of origin_host()."""
-    return origin_host(f"{call.environ['wsgi.url_scheme']}://{call.header('HOST')}")
 
 
 def origin_host(origin: str) -> str:
@@ -3712,7 +3702,7 @@ class UserAPI:
         **settings: Any,
     ) -> None:
         self.settings = Settings({"db": db, **settings})
-        self.store = open_store(self.settings, self.settings.unique_mail, on_change)
+        self.store = open_store(self.settings, on_change)
         self.guard = Guard(self.settings, self.store, open)
         self.router, self.metrics = build_router(), Metrics()
         self.kept: dict[Any, tuple[int, Body, Headers]] = {}  # short lists
@@ -3737,10 +3727,8 @@ class UserAPI:
         call = Call(self, environ)
         try:
             answer = self.respond(call)
-        except Problem as problem:
-            answer = problem_answer(problem)
         except Exception as fault:
-            answer = problem_answer(self.report(environ, fault))
+            answer = self.refusal(environ, fault)
         if call.actor:
             environ["REMOTE_USER"] = call.actor
         took = time.perf_counter() - began
@@ -3863,9 +3851,15 @@ class UserAPI:
         digest, status, headers, body = kept
         if digest != content:
             raise Problem(422, "this Idempotency-Key came with another body before")
-        pairs = [(name, value) for name, value in json.loads(headers)]
-        pairs.append(("Idempotency-Replayed", "true"))
+        pairs = [*map(tuple, json.loads(headers)), ("Idempotency-Replayed", "true")]
         return Answer(body, pairs, status=status)
+
+    def refusal(self, environ: Environ, fault: BaseException) -> Answer:
+        """The answer to a request that failed: its Problem, or a 500."""
+        problem = fault
+        if not isinstance(problem, Problem):
+            problem = self.report(environ, fault)
+        return Answer(problem.body(), problem.headers, PROBLEM_JSON, problem.status)
 
     def report(self, environ: Environ, fault: BaseException) -> Problem:
         """Log an unknown fault under an id, and name that id to the client."""
@@ -3879,22 +3873,17 @@ class UserAPI:
 
 
 def open_store(
-    settings: Settings,
-    unique_mail: bool | None,
-    on_change: Callable[[Item], None] | None = None,
+    settings: Settings, on_change: Callable[[Item], None] | None = None
 ) -> Store:
     """The store that the settings describe; problems name its path. SettingError."""
     try:
-        return Store(settings.db, unique_mail, settings.keep_changes, on_change)
+        unique, keep = settings.unique_mail, settings.keep_changes
+        return Store(settings.db, unique, keep, on_change)
     except Problem as problem:
         detail = f"{show_db(settings.db)}: {problem.detail}"
         if why := problem.__cause__ and problem.__cause__.__cause__:  # PostgreSQL's
             detail += f": {' '.join(str(why).split())}"
         raise Problem(problem.status, detail) from problem
-
-
-def problem_answer(problem: Problem) -> Answer:
-    return Answer(problem.body(), problem.headers, PROBLEM_JSON, problem.status)
 
 
 def read_path(environ: Environ) -> str:
@@ -3922,8 +3911,8 @@ def choose_taken(call: Call, takes: tuple[str, ...]) -> str:
     media = call.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
     coded = call.environ.get("HTTP_CONTENT_ENCODING")
     if coded or media and media not in takes:
-        detail = f"send {' or '.join(takes)}"
-        detail = "a Content-Encoding is not taken" if coded else detail
+        sent = f"send {' or '.join(takes)}"
+        detail = "a Content-Encoding is not taken" if coded else sent
         raise Problem(415, detail, headers=[("Accept", ", ".join(takes))])
     return media if media in (CSV, NDJSON) else JSON
 
@@ -4917,6 +4906,8 @@ def escaped(values: Item) -> Item:
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rf"({_TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
+#: a request target with a scheme and an authority, and what follows them
+ABSOLUTE = re.compile(r"https?://(?!$)([^/?]*)/?(.*)", re.IGNORECASE)
 #: the whole header section: no folding, no control bytes, no space before a colon
 SECTION = re.compile(rf"(?:{_TOKEN}:[\t -~\x80-\xff]*\r\n)*".encode("latin-1"))
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?")
@@ -4944,10 +4935,14 @@ quoted = json.encoder.encode_basestring_ascii
 DRAIN = 1  # seconds for which the rest of a refused request is read and dropped
 
 
+def refuse_unless(well: object, what: str) -> None:
+    if not well:
+        raise Problem(400, f"{what} is malformed")
+
+
 def parse_fields(section: bytes, most: int) -> Environ:
     """A header section as WSGI variables (RFC 9112 §5). Raises Problem 400, 431."""
-    if not SECTION.fullmatch(section):
-        raise Problem(400, "a header field is malformed")
+    refuse_unless(SECTION.fullmatch(section), "a header field")
     lines = section.decode("latin-1").split("\r\n")[:-1]
     if len(lines) > most:
         raise Problem(431, f"{most} header fields are the most")
@@ -4966,8 +4961,7 @@ def parse_fields(section: bytes, most: int) -> Environ:
             raise Problem(400, f"{name} stands twice")
         else:
             environ[key] += f",{value}"
-    if not HOST.fullmatch(environ.get("HTTP_HOST", "")):
-        raise Problem(400, "Host is malformed")
+    refuse_unless(HOST.fullmatch(environ.get("HTTP_HOST", "")), "Host")
     return environ
 
 
@@ -4975,17 +4969,9 @@ def without_secrets(uri: str) -> str:
     return SECRET.sub(r"\1…", uri) if "=" in uri else uri
 
 
-class Line(NamedTuple):
-    """A request line: its WSGI variables, and what they do not tell."""
-
-    environ: Environ
-    modern: bool  # HTTP/1.1, and not 1.0
-    authority: str | None  # of the target
-
-
 @functools.lru_cache(maxsize=1024)
-def parse_line(line: bytes) -> Line:
-    """A request line (RFC 9112 §3). Raises Problem 400, 505."""
+def parse_line(line: bytes) -> Environ:
+    """A request line as WSGI variables (RFC 9112 §3). Raises Problem 400, 505."""
     text = line.decode("latin-1")
     match = REQUEST_LINE.fullmatch(text)
     if not match:
@@ -5000,32 +4986,24 @@ def parse_line(line: bytes) -> Line:
         "QUERY_STRING": query,
         "SERVER_PROTOCOL": f"HTTP/1.{minor}",
         "userapi.request": without_secrets(text),
+        "userapi.keep": minor == "1",  # the connection, if no field says otherwise
     }
-    return Line(environ, minor == "1", authority)
+    if authority is not None:
+        environ["HTTP_HOST"] = authority
+    return environ
 
 
 def parse_target(method: str, target: str) -> tuple[str, str, str | None]:
     """Path (decoded, as latin-1), query and authority of a request target (RFC 9112
     §3.2). Raises Problem 400."""
-    authority, given = None, target
-    if target[:1] != "/" and not (target == "*" and method == "OPTIONS"):
-        scheme, _, rest = target.partition("://")
-        if scheme.lower() not in ("http", "https") or not rest:
-            raise Problem(400, "the request target is malformed")
-        cut = len(rest.split("/")[0].split("?")[0])
-        authority, given = rest[:cut], rest[cut:] or "/"
-        given = given if given[0] == "/" else f"/{given}"
+    absolute = ABSOLUTE.fullmatch(target)
+    authority, given = (absolute[1], f"/{absolute[2]}") if absolute else (None, target)
     path, _, query = given.partition("?")
-    if "#" in target or "%" in path and BAD_ESCAPE.search(path):
-        raise Problem(400, "the request target is malformed")
-    if authority is not None and not HOST.fullmatch(authority):
-        raise Problem(400, "Host is malformed")
+    well = given[:1] == "/" or target == "*" and method == "OPTIONS"
+    well = well and "#" not in target and not BAD_ESCAPE.search(path)
+    refuse_unless(well, "the request target")
+    refuse_unless(HOST.fullmatch(authority or ""), "Host")
     return unquote_to_bytes(path).decode("latin-1"), query, authority
-
-
-def refuse_unless(well: bool, what: str) -> None:
-    if not well:
-        raise Problem(400, f"{what} is malformed")
 
 
 class Parser:
@@ -5099,20 +5077,18 @@ class Parser:
         self.begin(parse_line(line) if short else parse_line.__wrapped__(line))
         return True
 
-    def begin(self, line: Line) -> None:
+    def begin(self, line: Environ) -> None:
         """A head is whole: make its environment, and prepare for its body."""
-        environ = {**self.fields, **line.environ, "userapi.keep": line.modern}
-        if line.modern and "HTTP_HOST" not in environ:
+        environ, modern = {**self.fields, **line}, line["userapi.keep"]
+        if modern and "HTTP_HOST" not in self.fields:
             raise Problem(400, "Host is missing")
-        if line.authority is not None:
-            environ["HTTP_HOST"] = line.authority
         if value := environ.get("HTTP_CONNECTION"):
             tokens = [token.strip() for token in value.lower().split(",")]
-            keep = line.modern or "keep-alive" in tokens
+            keep = modern or "keep-alive" in tokens
             environ["userapi.keep"] = keep and "close" not in tokens
         self.environ = environ
         if not WITH_BODIES.isdisjoint(self.fields):
-            self.expect_body(environ, line.modern)
+            self.expect_body(environ, modern)
 
     def expect_body(self, environ: Environ, modern: bool) -> None:
         """Learn from the head what body is to come (RFC 9112 §6, RFC 9110 §10.1.1)."""
@@ -5122,8 +5098,8 @@ class Parser:
             raise Problem(400, "Transfer-Encoding does not go with this request")
         if coding is not None and coding.lower() != "chunked":
             raise Problem(501, "chunked is the one transfer coding")
-        if length is not None and not (length.isascii() and length.isdigit()):
-            raise Problem(400, "Content-Length is malformed")
+        well = length is None or re.fullmatch("[0-9]+", length)
+        refuse_unless(well, "Content-Length")
         expect = environ.get("HTTP_EXPECT", "100-continue").lower()
         if modern and expect != "100-continue":
             raise Problem(417, "100-continue is the one expectation")
@@ -5198,7 +5174,7 @@ class Parser:
             refuse_unless(short and not BARE.search(buffer, at), "a chunk's line")
             return at
         match = CHUNK_LINE.fullmatch(buffer, at, end)
-        refuse_unless(match is not None, "a chunk's line")
+        refuse_unless(match, "a chunk's line")
         size = int(match[1], 16)  # type: ignore[index]
         if not size:
             return self.read_trailers(buffer, at, end)
@@ -5216,7 +5192,7 @@ class Parser:
             refuse_unless(not BARE.search(trailers), "a trailer")
             return start
         well = SECTION.fullmatch(trailers) and not FRAMING.search(trailers)
-        refuse_unless(bool(well), "a trailer")
+        refuse_unless(well, "a trailer")
         self.chunked = False
         return end + 4
 
@@ -5273,11 +5249,8 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self.ended = True
-        if not self.busy and not self.paused and not self.working:
+        if not (self.busy or self.paused or self.working):
             self.work()
-        return self.can_half_close()
-
-    def can_half_close(self) -> bool:
         return self.transport.can_write_eof()
 
     def pause_writing(self) -> None:
@@ -5373,15 +5346,11 @@ class Connection(asyncio.Protocol):
             lines += b"Connection: keep-alive\r\n"
         head = b"%b%b\r\n" % (lines, self.server.date)
         self.closing = self.closing or not keep
-        environ["userapi.status"], environ["userapi.sent"] = status[:3], 0
-        if whole:
-            content = b"".join(body)
-            environ["userapi.sent"] = len(content)
-            self.send(head + content)
-            self.finish(environ)
-        elif environ["REQUEST_METHOD"] == "HEAD":
+        content = b"".join(body) if whole else b""
+        environ["userapi.status"], environ["userapi.sent"] = status[:3], len(content)
+        if whole or environ["REQUEST_METHOD"] == "HEAD":
             close_body(body)
-            self.send(head)
+            self.send(head + content)
             self.finish(environ)
         else:
             self.stream, self.streamed = iter(body), environ
@@ -5427,7 +5396,8 @@ class Connection(asyncio.Protocol):
             self.push(chunk)
 
     def push(self, chunk: Any) -> None:
-        """Send a chunk; None is the end of the stream, an exception its failure."""
+        """Send a chunk; None is the end of the stream, an exception its failure. One
+        that has nothing is asked again later, but ends when the server stops."""
         if isinstance(chunk, Exception):
             self.server.app.report(self.streamed, chunk)
             self.transport.abort()  # the client must see that it is not whole
@@ -5439,28 +5409,17 @@ class Connection(asyncio.Protocol):
             frame = b"%x\r\n%b\r\n" % (len(chunk), chunk) if self.chunked else chunk
             self.send(frame)
             self.server.loop.call_soon(self.pump)
-        elif chunk is None:
+        elif chunk is None or self.server.stopping:
             self.end_stream()
             if self.chunked:
                 self.send(b"0\r\n\r\n")
             self.finish(self.streamed)
-        elif self.server.stopping:
-            self.stop_stream()
         else:
             self.server.sleep(self)
 
-    def stop_stream(self) -> None:
-        """End a stream that waits, as the server stops."""
-        self.end_stream()
-        if self.chunked:
-            self.send(b"0\r\n\r\n")
-        self.closing = True
-        self.finish(self.streamed)
-
     def end_stream(self) -> None:
         stream, self.stream = self.stream, None
-        if stream is not None:
-            close_body(stream)
+        close_body(stream)
 
     def finish(self, environ: Environ) -> None:
         """An answer is out: note it, and go on with the connection."""
@@ -5480,7 +5439,6 @@ class Connection(asyncio.Protocol):
     def refuse(self, problem: Problem) -> None:
         """Answer a request that cannot be read further, and close."""
         self.closing = self.refused = True
-        self.busy = False
         environ = self.parser.give_up()
         environ.update({"userapi.keep": False, "userapi.began": time.perf_counter()})
         self.answer(environ, self.server.failed(problem, environ))
@@ -5490,11 +5448,12 @@ class Connection(asyncio.Protocol):
         take the answer with it. TLS cannot do that, and waits where more may come."""
         more, self.parser.buffer = self.refused or self.parser.buffer, b""
         self.send_out()
-        if self.ended or not (more or self.can_half_close()):
+        can_half_close = self.transport.can_write_eof()
+        if self.ended or not (more or can_half_close):
             self.transport.close()
             return
         with contextlib.suppress(OSError):  # the client may have gone
-            if self.can_half_close():
+            if can_half_close:
                 self.transport.write_eof()
         self.resume()
         self.server.loop.call_later(DRAIN, self.transport.close)
@@ -5736,10 +5695,8 @@ class Server:
 
     def failed(self, fault: BaseException, environ: Environ) -> Given:
         """The answer where a problem came up outside of the application."""
-        problem = (
-            fault if isinstance(fault, Problem) else self.app.report(environ, fault)
-        )
-        return self.app.present(Call(self.app, environ), problem_answer(problem))
+        answer = self.app.refusal(environ, fault)
+        return self.app.present(Call(self.app, environ), answer)
 
     # Streams that wait
 
@@ -5888,7 +5845,8 @@ class Server:
         self.wake()
         while time.monotonic() < end:
             await asyncio.sleep(0.01)  # for what has been sent and is not yet read
-            begun = self.committing or bool(self.waiting)
+            self.write_log()
+            begun = self.committing or self.logging or bool(self.waiting)
             for connection in list(self.connections):
                 idle = connection.parser.is_idle() and not connection.busy
                 if not idle or connection.unsent():
@@ -5899,11 +5857,6 @@ class Server:
                 break
         for connection in list(self.connections):
             connection.transport.abort()
-        while (self.committing or self.logging) and time.monotonic() < end:
-            await asyncio.sleep(0.01)
-        self.write_log()
-        while self.logging and time.monotonic() < end:
-            await asyncio.sleep(0.01)
 
 
 def write_text(text: str) -> None:
@@ -6070,8 +6023,8 @@ def open_given(
             raise Problem(404, f"{settings.db}: there is no such database")
         if not keeps:
             settings.update({"db": ":memory:"})
-    unique_mail = settings.unique_mail or given["unique_mail"]
-    return contextlib.closing(open_store(settings, unique_mail))
+    settings.unique_mail = settings.unique_mail or given["unique_mail"]
+    return contextlib.closing(open_store(settings))
 
 
 class Progress:
@@ -6205,12 +6158,8 @@ def run_token(action: str, name: str, read_only: bool, **given: Any) -> None:
                 print("\t".join(part or "never" for part in row))
 
 
-def run_openapi(**_: Any) -> None:
-    print(json.dumps(openapi(), indent=2))  # ASCII, as not every terminal has more
-
-
-def run_postman(**_: Any) -> None:
-    print(json.dumps(postman(), indent=2))
+def print_document(make: Callable[[], Item], **_: Any) -> None:
+    print(json.dumps(make(), indent=2))  # ASCII, as not every terminal has more
 
 
 #: command: (help, what runs it, the arguments of its own); those and the settings are
@@ -6235,8 +6184,10 @@ COMMANDS: dict[str, tuple[str, Callable[..., int | None], Item]] = {
         "name": {"nargs": "?", "default": ""},
         "--read-only": {"action": "store_true"},
     }),
-    "openapi": ("print the OpenAPI document", run_openapi, {}),
-    "postman": ("print the Postman collection", run_postman, {}),
+    "openapi": ("print the OpenAPI document",
+        functools.partial(print_document, openapi), {}),
+    "postman": ("print the Postman collection",
+        functools.partial(print_document, postman), {}),
 }  # fmt: skip
 
 
