@@ -420,11 +420,8 @@ class Field(NamedTuple):
     clean: Callable[[str], str] | None = None
     input: str = "text"
 
-    def rule(self, partial: bool = False) -> Callable[[Any], Any]:
-        """What gives a value as it is stored, or raises ValueError with what is wrong.
-
-        With `partial`, null stands for what is taken away.
-        """
+    def rule(self) -> Callable[[Any], Any]:
+        """What gives a value as it is stored, or raises ValueError: what is wrong."""
         if self.schema["type"] == "integer":
             return check_id
         if self.schema.get("format") == "date-time":
@@ -434,10 +431,6 @@ class Field(NamedTuple):
         fits = pattern and re.compile(pattern).fullmatch
 
         def check(value: Any) -> str:
-            if value is None and partial:
-                if self.required:
-                    raise ValueError("is required")
-                return ""
             if not isinstance(value, str):
                 raise ValueError("is not a string")
             if not value.isascii():
@@ -635,12 +628,15 @@ class Checker:
         fields = [shape.by_name[name] for name in members or shape.names]
         for field in fields:
             wanted = not (field.rows or field.read_only) or field.name in keeps
-            self.rules[field.name] = field.rule(partial) if wanted else None
+            self.rules[field.name] = field.rule() if wanted else None
         self.lists = {f.name: Checker(SHAPES[f.rows]) for f in fields if f.rows}
-        written = [] if partial else [f for f in fields if f in shape.columns]
-        self.required = [field.name for field in written if field.required]
+        written = [field for field in fields if field in shape.columns]
+        self.required = [f.name for f in written if f.required and not partial]
         self.required += ["id"] * needs_id
-        self.empty: Item = {f.name: "" for f in written if not f.required}
+        empty: Item = {field.name: "" for field in written if not field.required}
+        self.empty = {} if partial else empty
+        #: what null stands for in a merge (RFC 7396)
+        self.nulls = {**empty, **dict.fromkeys(self.lists, [])} if partial else {}
 
     def check(self, place: Place, item: Any, faults: Faults, id: int = 0) -> Item:
         """The item as it is stored; `id` is the URI's, if it names one."""
@@ -652,7 +648,9 @@ class Checker:
         for name, value in item.items():
             rule = rules.get(name, refuse_member)
             try:
-                if rule is not None:
+                if value is None and name in self.nulls:
+                    values[name] = self.nulls[name]
+                elif rule is not None:
                     values[name] = rule(value)
                 elif name in self.lists:
                     values[name] = self.check_rows(place, name, value, faults)
@@ -660,10 +658,8 @@ class Checker:
                 faults.add(place, str(name), str(fault))
         for name in [name for name in self.required if name not in item]:
             faults.add(place, name, "is required")
-        if id:
-            if values.get("id", id) != id:
-                faults.add(place, "id", "is not the URI's")
-            values["id"] = id
+        if id and values.setdefault("id", id) != id:
+            faults.add(place, "id", "is not the URI's")
         if self.one_of and not self.partial:
             self.require_one(place, item, faults)
         return values
@@ -676,8 +672,6 @@ class Checker:
 
     def check_rows(self, place: Place, name: str, rows: Any, faults: Faults) -> Any:
         """The rows in a list as they are stored."""
-        if rows is None and self.partial:
-            return []
         if not isinstance(rows, list):
             raise ValueError("is not a list")
         if len(rows) > MAX_ROWS:
@@ -713,21 +707,20 @@ class Columns:
     `ids` is empty where the database counts. Iterated they are entries like others.
     """
 
-    def __init__(
-        self, line: int, ids: list[int], names: Sequence[str], mails: Sequence[str]
-    ) -> None:
-        self.line, self.ids, self.names, self.mails = line, ids, names, mails
+    def __init__(self, cells: Mapping[str, Any], entries: Iterator[Entry]) -> None:
+        self.names, self.mails, self.entries = cells["name"], cells["mail"], entries
+        self.ids = list(map(int, cells.get("id", ())))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __iter__(self) -> Iterator[Entry]:
-        for n, (name, mail) in enumerate(zip(self.names, self.mails)):
-            id = {"id": self.ids[n]} if self.ids else {}
-            yield Place("#", self.line + n), {**id, "name": name, "mail": mail}
+        return self.entries
 
 
-def read_columns(line: int, header: list[str], rows: list[Any]) -> Columns | None:
+def read_columns(
+    header: list[str], rows: list[Any], entries: Iterator[Entry]
+) -> Columns | None:
     """The users that these rows of cells are, if they are plain: looked at all at once,
     as one by one takes six times as long."""
     if not set(header) <= PLAIN.keys() or set(map(len, rows)) != {len(header)}:
@@ -738,8 +731,7 @@ def read_columns(line: int, header: list[str], rows: list[Any]) -> Columns | Non
         plain = PLAIN[name].fullmatch(text) and text.count("\n") == len(rows)
         if not plain or not is_clean(text):
             return None
-    ids = list(map(int, columns.get("id", ())))
-    return Columns(line, ids, columns["name"], columns["mail"])
+    return Columns(columns, entries)
 
 
 def utc_now() -> str:
@@ -2999,7 +2991,8 @@ def read_csv(file: Any) -> Iterator[Columns | list[Entry]]:
     header = check_header(first)
     line = reader.line_num + 1
     while rows := take_rows(reader, BATCH):
-        yield read_columns(line, header, rows) or list(csv_entries(line, header, rows))
+        entries = csv_entries(line, header, rows)
+        yield read_columns(header, rows, entries) or list(entries)
         line = reader.line_num + 1
 
 
