@@ -2609,7 +2609,7 @@ CSV_MEMBERS = tuple(field.name for field in USER.fields if field.csv)
 Body = Union[bytes, Iterator[bytes]]  # an iterator is streamed
 
 
-def members_in(media: str, view: str) -> tuple[str, ...]:
+def members_in(media: str, view: str) -> Names:
     """The members of a user in a format: CSV has its own, whatever the view."""
     return CSV_MEMBERS if media == CSV else VIEWS[view]
 
@@ -3084,22 +3084,21 @@ def json_chunks(pages: Iterable[Rows], _: Names, tail: str) -> Iterator[bytes]:
     """The envelope of a list; `tail` is what stands behind the results."""
     yield b'{"results": ['
     joint = ""
-    for page in pages:
-        if page:  # to a stream an empty chunk means: nothing yet
-            yield (joint + ", ".join([row[0] for row in page])).encode()
-            joint = ", "
+    for page in filter(None, pages):  # to a stream an empty chunk means: nothing yet
+        yield (joint + ", ".join([row[0] for row in page])).encode()
+        joint = ", "
     yield f"]{tail}}}".encode()
 
 
 def csv_chunks(pages: Iterable[Rows], members: Names, _: str) -> Iterator[bytes]:
     yield csv_lines([members])
-    for page in pages:
-        if page:
-            yield csv_lines(row[:-2] for row in page)
+    for page in filter(None, pages):
+        yield csv_lines(row[:-2] for row in page)
 
 
 def ndjson_chunks(pages: Iterable[Rows], *_: Any) -> Iterator[bytes]:
-    return ("".join([f"{row[0]}\n" for row in page]).encode() for page in pages if page)
+    for page in filter(None, pages):
+        yield "".join([f"{row[0]}\n" for row in page]).encode()
 
 
 CHUNKS = {JSON: json_chunks, NDJSON: ndjson_chunks, CSV: csv_chunks}
@@ -3142,11 +3141,11 @@ LIST = "All users, or those that the parameters find; streamed if there is no li
 def list_users(call: Call) -> Answer:
     """Users; a short answer is kept for whoever asks the same before the next change,
     as lists are read far more often than users change."""
-    query, seq, kept = make_query(call), call.store.last_seq(), call.app.kept
+    seq, kept = call.store.last_seq(), call.app.kept
     key = (call.uri(""), call.environ.get("QUERY_STRING"), call.media)
     since, body, headers = kept.get(key, (None, b"", ()))
     if since != seq:
-        body, headers = show_users(call, query)
+        body, headers = show_users(call, make_query(call))
         if isinstance(body, bytes) and len(body) < 16384:
             remember(kept, key, (seq, body, headers), 100)
     return call.tagged(body, f'W/"{seq}"', headers)
