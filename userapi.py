@@ -421,7 +421,7 @@ class Field(NamedTuple):
     input: str = "text"
 
     def rule(self) -> Callable[[Any], Any]:
-        """What gives a value as it is stored, or raises ValueError: what is wrong."""
+        """A function that gives a value as it is stored, or raises ValueError."""
         if self.schema["type"] == "integer":
             return check_id
         if self.schema.get("format") == "date-time":
@@ -690,7 +690,7 @@ def refuse_member(value: Any) -> Any:
     raise ValueError("is no member that can be sent here")
 
 
-#: made once for each way of checking there is
+#: Checker(…), which is made once for the same arguments
 find_checker = functools.lru_cache(maxsize=64)(Checker)
 
 
@@ -702,9 +702,9 @@ def is_clean(text: str) -> bool:
 
 
 class Columns:
-    """Users of an import, as columns, with nothing in them to clean or to refuse.
+    """Users of a CSV import, column by column, none of which is to clean or to refuse.
 
-    `ids` is empty where the database counts. Iterated they are entries like others.
+    `ids` is empty where the database counts. Iterated, they are `entries` like others.
     """
 
     def __init__(self, cells: Mapping[str, Any], entries: Iterator[Entry]) -> None:
@@ -721,8 +721,8 @@ class Columns:
 def read_columns(
     header: list[str], rows: list[Any], entries: Iterator[Entry]
 ) -> Columns | None:
-    """The users that these rows of cells are, if they are plain: looked at all at once,
-    as one by one takes six times as long."""
+    """The users in these rows of cells, if all are plain, which is found out a column
+    at a time: row by row takes six times as long."""
     if not set(header) <= PLAIN.keys() or set(map(len, rows)) != {len(header)}:
         return None
     columns = dict(zip(header, zip(*rows)))
@@ -2720,11 +2720,11 @@ Handler = Callable[["Call"], Answer]
 
 
 class Operation:
-    """What can be done at a path, by which it runs and out of which it is documented.
+    """A method of a path: what runs it, and what the documents tell of it.
 
-    It is about a `shape`; `takes` are the media types of its body, `answers` those it
-    answers with. Methods that are not SAFE write, and need the role admin; `bulk` says
-    that it may write many.
+    It is about a `shape`; `takes` are the media types of its body, `answers` those of
+    its answer. A method that is not SAFE `writes`, for which the role admin is needed;
+    one that is `bulk` may write many.
     """
 
     def __init__(
@@ -2757,8 +2757,8 @@ ROWS, ROW = "/user/<id:id>/{0.name}", "/user/<id:id>/{0.name}/<n:id>"
 def operations(
     *described: tuple[Any, ...], shapes: Iterable[Shape] = (USER,)
 ) -> Callable[[Handler], Handler]:
-    """Have a function run operations on each of the shapes, whose words go into the
-    texts. They are described by the further arguments of Operation."""
+    """Have a function run these operations, once for each shape. They are described by
+    the further arguments of Operation, in whose texts {0} is the shape."""
 
     def register(run: Handler) -> Handler:
         for shape in shapes:
@@ -2967,8 +2967,8 @@ MAX_LINE = 8 << 20  # bytes of an import's line, more than any user's
 
 
 def read_lines(file: Any) -> Iterator[bytes]:
-    """A file's lines, without a BOM; of one longer than any user's, pieces that are
-    none."""
+    """A file's lines, without a BOM; a line that is too long comes in pieces, which are
+    not valid."""
     lines = iter(functools.partial(file.readline, MAX_LINE), b"")
     return itertools.chain([next(lines, b"").removeprefix(BOM)], lines)
 
@@ -3011,8 +3011,8 @@ def take_rows(reader: Any, most: int) -> list[Any]:
 
 
 def check_header(rows: list[Any]) -> list[str]:
-    """The CSV header that this row is: it names columns that are known, each once, and
-    the required ones. Raises Problem 422."""
+    """The columns of a CSV header, the first of the rows: known ones, each once, all
+    that are required. Raises Problem 422."""
     faults: list[str] = [row for row in rows if isinstance(row, BadLine)]
     header: list[str] = rows[0] if rows and not faults else []
     needed = [name for name in CSV_MEMBERS if USER.by_name[name].required]
@@ -3188,8 +3188,8 @@ def remember(kept: dict[Any, Any], key: Any, value: Any, most: int) -> None:
 
 
 def tell_next(call: Call, path: str, name: str, place: Any) -> tuple[str, Headers]:
-    """The member `next` and the header Link of a limited answer: the same query, but
-    for the parameter that says from where on; there is no more if its place is None."""
+    """The member `next` and the header Link of a limited answer: the same query with
+    another `place` in the parameter `name`; null if the place is None."""
     if place is None:
         return ', "next": null', ()
     pairs = query_pairs(call.environ["QUERY_STRING"])
@@ -3980,12 +3980,12 @@ FAULT: Item = {"pointer": "", "parameter": "", "header": "", "line": 1, "detail"
 A_CHANGE: Item = {"seq": 1, "at": NOON, "actor": None, "op": "update", "user": 1}
 A_CHANGE["fields"] = ["name"]
 SAMPLES: Item = {"/health": {"status": "ok"}, "/changes": {"results": [A_CHANGE]}}
-#: The first of two things for a tool: Schemathesis makes values up, and no schema
-#: says which cursor, ETag, name or CSV goes well, nor that ids differ. It may make up
-#: what `if` says; `else` is true of all others, but it draws no text by a pattern of
-#: ECMA-262 that Python lacks, and sends no readOnly.
+#: For Schemathesis, which makes values up, while no schema can say which cursor, ETag,
+#: name or CSV is right, nor that ids differ: it may make up what `if` says. What `else`
+#: says is true of all other values, but keeps it from them: a pattern of ECMA-262 that
+#: Python lacks, or readOnly.
 GIVEN: Item = {"type": "string", "else": {"$ref": "#/x-given"}}
-#: The second: what it makes up in an id's place, to be refused, fits a request line.
+#: for it, too: what it makes up in an id's place, to be refused, fits a request line
 IDS = {**ID_LIST, "items": {**ID, "maxItems": 1, "maxProperties": 1}}
 #: the schemas of parameters that are narrower with a method
 NARROWED: dict[tuple[str, str], Item] = {
@@ -4031,7 +4031,7 @@ def ref(name: str, kind: str = "schemas") -> Item:
 
 
 def closed(properties: Item, required: Iterable[str], **made_up: Item) -> Item:
-    """The schema of an object with these members and no others."""
+    """The schema of an object with just these members; for `made_up` see GIVEN."""
     schema = {"type": "object", "properties": properties, "required": list(required)}
     if made_up:
         other = dict.fromkeys(made_up, {"readOnly": True})
