@@ -5090,7 +5090,7 @@ class Parser:
             raise Problem(400, "Transfer-Encoding does not go with this request")
         if coding is not None and coding.lower() != "chunked":
             raise Problem(501, "chunked is the one transfer coding")
-        well = length is None or re.fullmatch("[0-9]+", length)
+        well = length is None or length.isascii() and length.isdigit()
         refuse_unless(well, "Content-Length")
         expect = environ.get("HTTP_EXPECT", "100-continue").lower()
         if modern and expect != "100-continue":
@@ -5323,8 +5323,7 @@ class Connection(asyncio.Protocol):
         whole = isinstance(body, list)
         self.room = -1 if whole else find_length(headers)
         self.chunked = not whole and modern and self.room < 0
-        if not whole and not self.chunked:
-            keep = False
+        keep = keep and (whole or self.chunked)
         try:
             lines = head_lines(status, tuple(headers))
         except ValueError as fault:
@@ -5374,9 +5373,9 @@ class Connection(asyncio.Protocol):
         if self.server.remote:
             stream, self.stream = self.stream, None  # nobody else is to touch it
             again = functools.partial(self.pulled, stream)
-            self.server.elsewhere(functools.partial(pull, stream), again)
+            self.server.elsewhere(again, next, stream, None)
         else:
-            self.push(pull(self.stream))
+            self.push(outcome(next, self.stream, None))
 
     def pulled(self, stream: Iterator[bytes], chunk: Any) -> None:
         """A thread has the stream's next chunk."""
@@ -5495,10 +5494,10 @@ def head_lines(status: str, headers: tuple[tuple[str, str], ...]) -> bytes:
     return text.encode("latin-1")
 
 
-def pull(stream: Iterator[bytes]) -> Any:
-    """A stream's next chunk, None at its end, or what went wrong."""
+def outcome(work: Callable[..., Any], *given: Any) -> Any:
+    """What a function returns, or the exception that it raises."""
     try:
-        return next(stream, None)
+        return work(*given)
     except Exception as fault:
         return fault
 
@@ -5589,8 +5588,8 @@ class Server:
         elif self.store.begin_group():
             self.run_group([], time.monotonic() + GATHER)
         else:  # another program writes: wait for it, but not here
-            begin = functools.partial(self.store.begin_group, wait=True)
-            self.in_thread(begin, lambda _: self.run_group([], 0))
+            begin, wait = self.store.begin_group, True
+            self.in_thread(lambda _: self.run_group([], 0), begin, wait)
 
     def run_group(self, done: list[tuple[Turn, Any]], end: float) -> None:
         """Run what waits, and for a while what comes meanwhile; then have it committed:
@@ -5601,14 +5600,9 @@ class Server:
             self.loop.call_later(0, self.run_group, done, end)  # when it has been read
             return
         if self.sync_time > SLOW_SYNC:
-            self.in_thread(self.commit, lambda fault: self.finish(done, fault))
-            return
-        try:
-            self.commit()
-        except Exception as fault:
-            self.finish(done, fault)
+            self.in_thread(functools.partial(self.finish, done), self.commit)
         else:
-            self.finish(done, None)
+            self.finish(done, outcome(self.commit))
 
     def run_group_elsewhere(self) -> None:
         """Run what waits, and commit it, in a thread: a slow database is no reason not
@@ -5622,7 +5616,7 @@ class Server:
             done.extend((turn, turn[0].call(turn[1])) for turn in turns)
             self.commit()
 
-        self.in_thread(work, lambda fault: self.finish(done, fault))
+        self.in_thread(functools.partial(self.finish, done), work)
 
     def read(self, connection: Connection, environ: Environ) -> None:
         """Answer what only reads, in a thread; whether we live needs no database."""
@@ -5630,17 +5624,19 @@ class Server:
         if environ["PATH_INFO"] in ("/health", "/health/"):
             answer(connection.call(environ))
         else:
-            self.elsewhere(functools.partial(connection.call, environ), answer)
+            self.elsewhere(answer, connection.call, environ)
 
-    def elsewhere(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """Do the work in a reader's thread, and go on here with what it gives."""
+    def elsewhere(self, then: Callable[[Any], None], *work: Any) -> None:
+        """Call a function with its arguments in a reader's thread, and then go on here
+        with the outcome."""
 
         def done(future: asyncio.Future[Any]) -> None:
             self.reading -= 1
             then(future.result())
 
         self.reading += 1
-        self.loop.run_in_executor(self.readers, work).add_done_callback(done)
+        future = self.loop.run_in_executor(self.readers, outcome, *work)
+        future.add_done_callback(done)
 
     def commit(self) -> None:
         """Commit, and learn how long that takes here."""
@@ -5650,20 +5646,13 @@ class Server:
         finally:
             self.sync_time += (time.perf_counter() - began - self.sync_time) / 4
 
-    def in_thread(
-        self, work: Callable[[], Any], then: Callable[[BaseException | None], None]
-    ) -> None:
-        """Do the work in a thread, or here where none can be had; then go on here, with
-        what went wrong."""
+    def in_thread(self, then: Callable[[Any], None], *work: Any) -> None:
+        """The same in a thread of its own, or here where none can be had."""
 
         def run() -> None:
-            fault = None
-            try:
-                work()
-            except Exception as raised:
-                fault = raised
+            result = outcome(*work)
             with contextlib.suppress(RuntimeError):  # the loop may have ended
-                self.loop.call_soon_threadsafe(then, fault)
+                self.loop.call_soon_threadsafe(then, result)
 
         try:
             threading.Thread(target=run, daemon=True).start()
@@ -5752,9 +5741,9 @@ class Server:
         if self.lines and not self.logging:
             text = "\n".join(self.lines) + "\n"
             self.lines, self.log_room, self.logging = [], LOG_ROOM, True
-            self.in_thread(functools.partial(write_text, text), self.logged)
+            self.in_thread(self.logged, write_text, text)
 
-    def logged(self, fault: BaseException | None) -> None:
+    def logged(self, _: None) -> None:
         self.logging = False
 
     # Life
@@ -5943,7 +5932,7 @@ def serve(app: UserAPI, **settings: Any) -> None:
         refuse_exposed(app.settings)
     sockets, server = open_sockets(app.settings), Server(app)
     url = server_url(app.settings, sockets[0])
-    server.base["SERVER_PORT"] = str(url.rpartition(":")[2].rstrip("/"))
+    server.base["SERVER_PORT"] = url.rpartition(":")[2].rstrip("/")
     users = app.store.count_users()
     text = (
         f"userapi {__version__} on {url} · {show_db(app.settings.db)}, {users}"
