@@ -609,20 +609,20 @@ class Faults:
 class Checker:
     """How the items of a shape are checked; what is wrong is added to `faults`.
 
-    `members` are the names that may be sent (all, if there are none); with `partial`
-    only what is sent is checked (a merge); `keeps` names what is kept though it is
-    read-only (an import); with `needs_id` each item has to name its own.
+    `members` are the names that may be sent (all, if there are none). By `how`, merge
+    checks only what is sent, and all but create need an id, unless the item is `named`
+    by the URI. `keeps` names what is kept though it is read-only (an import).
     """
 
     def __init__(
         self,
         shape: Shape,
         members: Names = (),
-        partial: bool = False,
+        how: str = "create",
         keeps: Names = (),
-        needs_id: bool = False,
+        named: bool = False,
     ) -> None:
-        self.partial, self.one_of = partial, shape.one_of
+        self.partial, self.one_of = how == "merge", shape.one_of
         #: what gives a member's value as it is stored; None for what is not stored
         self.rules: dict[str, Callable[[Any], Any] | None] = {}
         fields = [shape.by_name[name] for name in members or shape.names]
@@ -631,12 +631,13 @@ class Checker:
             self.rules[field.name] = field.rule() if wanted else None
         self.lists = {f.name: Checker(SHAPES[f.rows]) for f in fields if f.rows}
         written = [field for field in fields if field in shape.columns]
-        self.required = [f.name for f in written if f.required and not partial]
-        self.required += ["id"] * needs_id
+        required = [field.name for field in written if field.required]
+        self.required = [] if self.partial else required
+        self.required += ["id"] * (how != "create" and not named)
         empty: Item = {field.name: "" for field in written if not field.required}
-        self.empty = {} if partial else empty
+        self.empty = {} if self.partial else empty
         #: what null stands for in a merge (RFC 7396)
-        self.nulls = {**empty, **dict.fromkeys(self.lists, [])} if partial else {}
+        self.nulls = {**empty, **dict.fromkeys(self.lists, [])} if self.partial else {}
 
     def check(self, place: Place, item: Any, faults: Faults, id: int = 0) -> Item:
         """The item as it is stored; `id` is the URI's, if it names one."""
@@ -2219,8 +2220,7 @@ class Saving:
         self.faults = Faults(IMPORT_FAULTS) if keeps else Faults()
         self.ids, self.counts = array.array("q"), COUNTED.copy()
         self.seen: dict[int, int] = {}  # ids by their bits: a million take little room
-        needs_id = id is None and not self.creates
-        self.checker = find_checker(USER, members, how == "merge", keeps, needs_id)
+        self.checker = find_checker(USER, members, how, keeps, id is not None)
         self.before = MAX_ID  # the highest id: all above it are those of new users
         self.aside: list[str] | None = None
 
@@ -2414,8 +2414,7 @@ def check_rows(
     number: int | None,
 ) -> tuple[list[Item], Faults]:
     """The rows to be written, given those that are there, and what is wrong."""
-    needs_id = number is None and how != "create"
-    checker = find_checker(shape, shape.names, how == "merge", needs_id=needs_id)
+    checker = find_checker(shape, shape.names, how, named=number is not None)
     faults, rows, seen = Faults(), [], set[int]()
     for place, item in entries:
         row = checker.check(place, item, faults, number or 0)
@@ -2599,9 +2598,8 @@ class PostgresStore(Store):
 # ── Operations ────────────────────────────────────────────────────────────────────
 
 JSON, NDJSON, CSV = "application/json", "application/x-ndjson", "text/csv"
-MERGE, EVENTS, HTML = "application/merge-patch+json", "text/event-stream", "text/html"
-PROMETHEUS = "text/plain; version=0.0.4"
-HTML_UTF8 = f"{HTML}; charset=utf-8"
+MERGE, EVENTS = "application/merge-patch+json", "text/event-stream"
+PROMETHEUS, HTML = "text/plain; version=0.0.4", "text/html; charset=utf-8"
 ALL = (JSON, CSV, NDJSON)
 KEPT = ("created", "updated")  # that an import takes over for a new user
 FORMATS = {"json": JSON, "csv": CSV, "ndjson": NDJSON}
@@ -3732,7 +3730,7 @@ class UserAPI:
     def present(self, call: Call, answer: Answer) -> Given:
         """An answer as WSGI has it, with the headers that all have."""
         body, headers = answer.body, [*answer.headers, *COMMON, *self.guard.vary]
-        if answer.media != HTML_UTF8:
+        if answer.media != HTML:
             headers.append(("Content-Security-Policy", POLICY))
         if self.settings.cors and self.guard.is_listed(call):
             headers.append(("Access-Control-Allow-Origin", call.header("ORIGIN") or ""))
@@ -4747,7 +4745,7 @@ def html_answer(style: str, script: str, **parts: str) -> Answer:
         " frame-ancestors 'none'"
     ).format(*(base64.b64encode(digest).decode() for digest in digests))
     text = HTML_DOCUMENT.strip().format(style=style, script=script, **parts)
-    return Answer(text.encode(), [("Content-Security-Policy", policy)], HTML_UTF8)
+    return Answer(text.encode(), [("Content-Security-Policy", policy)], HTML)
 
 
 FORM_FIELD = (
