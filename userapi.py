@@ -5519,8 +5519,8 @@ class Server:
 
     def __init__(self, app: UserAPI) -> None:
         self.app, self.settings, self.store = app, app.settings, app.store
-        self.group = not self.store.memory
-        self.remote = isinstance(self.store, PostgresStore)
+        self.group = not self.store.memory  # writes are committed together
+        self.remote = isinstance(self.store, PostgresStore)  # it may be slow
         #: the methods that are answered in the loop, as the database is never slow
         self.direct = () if self.remote else SAFE
         self.reading = 0  # what is under way in the threads of readers
@@ -5529,7 +5529,7 @@ class Server:
         self.sending: list[Connection] = []
         self.waiting: list[Turn] = []
         self.sync_time = 1.0  # seconds that a commit takes of late
-        self.committing = self.stopping = self.waking = self.logging = False
+        self.committing = self.stopping = self.logging = False
         self.bodies = 0
         self.lines: list[str] = []
         self.log_room = LOG_ROOM
@@ -5681,15 +5681,14 @@ class Server:
 
     def sleep(self, connection: Connection) -> None:
         """Ask a stream that had nothing again: shortly, or after the next commit."""
+        if not self.sleeping:
+            self.alarm = self.loop.call_later(WAKE, self.wake)
         self.sleeping.add(connection)
-        if not self.waking:
-            self.waking = True
-            self.loop.call_later(WAKE, self.wake, True)
 
-    def wake(self, timed: bool = False) -> None:
-        if timed:
-            self.waking = False
+    def wake(self) -> None:
         sleeping, self.sleeping = self.sleeping, set()
+        if sleeping:
+            self.alarm.cancel()
         for connection in sleeping:
             connection.pump()
 
@@ -5944,7 +5943,7 @@ def serve(app: UserAPI, **settings: Any) -> None:
 def refuse_exposed(settings: Settings) -> None:
     """Raise SettingError where others could reach what has no token."""
     host = settings.host
-    if not (settings.unix or host == "localhost" or LOOPBACK.fullmatch(host)):
+    if not (settings.unix or host == "localhost" or is_loopback(host)):
         raise SettingError(
             f"host {host} lets others in: set USERAPI_TOKEN, --token-file, or make a"
             " token with 'userapi.py token add NAME' first"
@@ -5965,9 +5964,9 @@ def server_url(settings: Settings, sock: socket.socket) -> str:
 def replace_closed() -> None:
     """Have no file that is opened taken for standard output or error, if they were
     closed: what is written to the one fails, to the other it is in vain."""
-    for number, name in ((1, "stdout"), (2, "stderr")):
+    for number, name, way in (1, "stdout", os.O_RDONLY), (2, "stderr", os.O_WRONLY):
         if getattr(sys, name) is None:
-            null = os.open(os.devnull, (os.O_RDONLY, os.O_WRONLY)[number - 1])
+            null = os.open(os.devnull, way)
             setattr(sys, name, os.fdopen(os.dup2(null, number), "w"))
 
 
@@ -6178,12 +6177,10 @@ def build_parser() -> Any:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (help, _, arguments) in COMMANDS.items():
-        made = commands.add_parser(
-            name, help=help, description=help, allow_abbrev=False
-        )
-        add_settings(made, FLAGS if name == "serve" else STORE_SETTINGS)
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        add_settings(sub, FLAGS if name == "serve" else STORE_SETTINGS)
         for argument, options in arguments.items():
-            made.add_argument(argument, **options)
+            sub.add_argument(argument, **options)
     return parser
 
 
