@@ -388,9 +388,8 @@ NUMBER = (
     rf"|{_ANY}[0-9]{_ANY}x[0-9]+|{_ANY}x[0-9]{{2,}})|\({_ANY}x[0-9]{{3,}})$"
 )
 TIME = re.compile(
-    r"\d{4}-\d\d-\d\d[Tt ](?!24)\d\d:\d\d:\d\d"  # Python 3.14 would take 24:00
-    r"(?:\.(\d+))?(?:[Zz]|([+-]\d\d:[0-5]\d))",
-    re.ASCII,
+    r"(?a)\d{4}-\d\d-\d\d[Tt ](?!24)\d\d:\d\d:\d\d"  # Python 3.14 would take 24:00
+    r"(?:\.(\d+))?(?:[Zz]|([+-]\d\d:[0-5]\d))"
 )
 #: nearly each of those that are stored, but on days that not every month has
 STORED_TIME = re.compile(
@@ -2605,6 +2604,8 @@ KEPT = ("created", "updated")  # that an import takes over for a new user
 FORMATS = {"json": JSON, "csv": CSV, "ndjson": NDJSON}
 CSV_MEMBERS = tuple(field.name for field in USER.fields if field.csv)
 Body = Union[bytes, Iterator[bytes]]  # an iterator is streamed
+Given = tuple[str, Headers, "Iterable[bytes]"]  # an answer as WSGI has it
+Handler = Callable[["Call"], "Answer"]
 
 
 def members_in(media: str, view: str) -> Names:
@@ -2617,9 +2618,6 @@ class Answer(NamedTuple):
     headers: Headers = ()
     media: str = JSON
     status: int = 200
-
-
-Given = tuple[str, Headers, "Iterable[bytes]"]  # an answer as WSGI has it
 
 
 # Parameters
@@ -2714,9 +2712,6 @@ METHODS = (*SAFE, *HOW, "DELETE")
 TAKES = {"POST": (JSON,), "PUT": (JSON,), "PATCH": (JSON, MERGE)}
 
 
-Handler = Callable[["Call"], Answer]
-
-
 class Operation:
     """A method of a path: what runs it, and what the documents tell of it.
 
@@ -2781,7 +2776,6 @@ class Call:
     base: str  # of the paths in this API version
     path: str
     view: str
-    members: Names  # of the view
     operation = NOTHING
     args: Mapping[str, int] = {}  # ids in the path
     params: Mapping[str, Any] = {}
@@ -2805,7 +2799,7 @@ class Call:
         names = self.params.get("fields")
         if names is None:
             return members_in(self.media, self.view)
-        return tuple(name for name in self.members if name in names)
+        return tuple(name for name in VIEWS[self.view] if name in names)
 
     def refuse_many(self, items: int) -> None:
         """Raise Problem 413 where these are more items than a request may hold."""
@@ -2821,7 +2815,8 @@ class Call:
         match = self.header("IF_MATCH")
         if "id" not in self.args:
             if match not in (None, "*") and self.method != "POST":
-                raise bad_header("If-Match", "goes with a write of one user")
+                detail = "goes with a write of one user"
+                raise bad_request("header", ("If-Match", detail))
             return None
         wanted = self.app.settings.require_if_match and not self.operation.bulk
         if wanted and match is None:
@@ -2869,15 +2864,11 @@ def query_pairs(source: str) -> list[tuple[str, str]]:
     return parse_qsl(source, True, errors="surrogateescape")
 
 
-def bad_query(*faults: tuple[str, str]) -> Problem:
-    """The problem that parameters (name, detail) are."""
-    errors = [{"parameter": name, "detail": detail} for name, detail in faults]
-    one, many = " ".join(faults[0]), f"{len(faults)} parameters are not valid"
+def bad_request(kind: str, *faults: tuple[str, str]) -> Problem:
+    """The 400 for these (name, detail) of a kind, which is parameter or header."""
+    errors = [{kind: name, "detail": detail} for name, detail in faults]
+    one, many = " ".join(faults[0]), f"{len(faults)} {kind}s are not valid"
     return Problem(400, many if faults[1:] else one, errors)
-
-
-def bad_header(name: str, detail: str) -> Problem:
-    return Problem(400, f"{name} {detail}", [{"header": name, "detail": detail}])
 
 
 # Reading bodies
@@ -3154,7 +3145,7 @@ def make_query(call: Call) -> Query:
     get = call.params.get
     sort, after = get("sort", "id"), get("after")
     if after and after[0] != sort:
-        raise bad_query(("after", "is a cursor of another sort"))
+        raise bad_request("parameter", ("after", "is a cursor of another sort"))
     place, limit = after and after[1:], get("limit")
     return Query(get("q"), get("name"), get("mail"), get("id"), sort, place, limit)
 
@@ -3240,7 +3231,7 @@ def save_users(call: Call) -> Answer:
         return import_body(call, saving)
     items, one = read_items(call)
     ids = saving.save([items]).ids
-    users = [call.store.show_user(id, call.members) for id in ids]
+    users = [call.store.show_user(id, VIEWS[call.view]) for id in ids]
     texts = (text for text, _ in users)
     if one and users:
         return show_saved(call, texts, users[0][1], f"/user/{ids[0]}")
@@ -3317,7 +3308,7 @@ def delete_items(call: Call) -> Answer:
     if not call.operation.bulk:
         ids = [args.get("n") or args["id"]]
     if not ids:
-        raise bad_query(("id", "is required: id=1,2,3"))
+        raise bad_request("parameter", ("id", "is required: id=1,2,3"))
     if shape is USER:
         call.store.delete_users(ids, check)
     else:
@@ -3344,7 +3335,7 @@ def list_changes(call: Call) -> Answer:
     try:
         last_seq = since if last is None else read_value(last, SINCE)
     except ValueError as fault:
-        raise bad_header("Last-Event-ID", str(fault)) from None
+        raise bad_request("header", ("Last-Event-ID", str(fault))) from None
     if call.media == EVENTS:
         call.store.changes(last_seq, 1)  # a 410 is said before the stream begins
         return Answer(events(call, last_seq), [], EVENTS)
@@ -3766,7 +3757,6 @@ class UserAPI:
         self.guard.admit(call)
         resource, call.args = find_resource(self.router, call.path, call.method)
         call.base, call.view, operations = resource
-        call.members = VIEWS[call.view]
         if call.method == "OPTIONS":
             return resource
         operation = operations.get("GET" if call.method == "HEAD" else call.method)
@@ -3776,7 +3766,7 @@ class UserAPI:
         call.operation = operation
         query = call.environ.get("QUERY_STRING")
         if query and HTML not in operation.answers:  # a page reads its own
-            call.params = read_query(query, operation.params, call.members)
+            call.params = read_query(query, operation.params, VIEWS[call.view])
         call.media = choose_media(call, operation.answers)
         if operation.takes:
             call.takes = choose_taken(call, operation.takes)
@@ -3821,7 +3811,7 @@ class UserAPI:
                 return call.operation.run(call)
             if dry or not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
                 detail = "is 1 to 255 visible ASCII characters, without dry_run"
-                raise bad_header("Idempotency-Key", detail)
+                raise bad_request("header", ("Idempotency-Key", detail))
             return self.write_once(call, key)
 
     def write_once(self, call: Call, key: str) -> Answer:
@@ -3954,7 +3944,7 @@ def read_query(source: str, known: Names, members: Names) -> Item:
         except ValueError as fault:
             faults.append((name.encode(errors="replace").decode(), str(fault)))
     if faults:
-        raise bad_query(*faults)
+        raise bad_request("parameter", *faults)
     return values
 
 
