@@ -5358,6 +5358,20 @@ def test_a_client_that_takes_nothing_waits_alone(big):
     assert answers.count(b'{"status": "ok"}') == more
 
 
+@pytest.mark.skipif(
+    not hasattr(socket, "TCP_NOTSENT_LOWAT"), reason="it cannot be told to"
+)
+def test_the_system_holds_little_of_an_answer(big):
+    """Else a slow client would be seen to take something once a megabyte only, and
+    be given up meanwhile."""
+    with hosting(UserAPI(str(big))) as (server, url), dial(url) as sock:
+        sock.sendall(ASK_ALL)
+        assert sock.recv(12) == b"HTTP/1.1 200"
+        (one,) = server.connections
+        wait_until(lambda: one.paused)
+        assert one.written - one.unsent() < 1 << 20
+
+
 def test_a_client_that_takes_nothing_is_given_up(big):
     app = UserAPI(str(big))
     with hosting(app) as (server, url), lazy(url) as sock:

@@ -5903,6 +5903,8 @@ def open_sockets(settings: Settings) -> list[socket.socket]:
             both = settings.host == "::" and socket.has_dualstack_ipv6()
             where = (settings.host, settings.port)
             sock = socket.create_server(where, family=family, dualstack_ipv6=both)
+            if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # so that what is taken is seen
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 1 << 17)
         return [sock]
     except OSError as fault:
         raise SettingError(f"cannot listen: {reason(fault)}") from None
