@@ -6165,7 +6165,7 @@ def test_import_from_standard_input_and_export_to_a_pipe(db):
 def test_a_line_without_end_is_refused_in_bounded_memory(db, tmp_path, name, begins):
     import resource
 
-    size = 192 << 20
+    size = 160 << 20
     (tmp_path / name).write_bytes(begins + b"x" * (64 << 20))
     done_ = subprocess.run(
         [*PROGRAM, "import", tmp_path / name, "--db", str(db)],
