@@ -2773,8 +2773,7 @@ class Call:
     actor: str | None = None
     role = "admin"
     prefix: str  # of all paths, where the application is mounted
-    base: str  # of the paths in this API version
-    path: str
+    path: str  # below that
     view: str
     operation = NOTHING
     args: Mapping[str, int] = {}  # ids in the path
@@ -2789,10 +2788,6 @@ class Call:
 
     def header(self, name: str) -> str | None:
         return self.environ.get(f"HTTP_{name}")
-
-    def uri(self, path: str) -> str:
-        """A path below this call's API version, as the client reaches it."""
-        return f"{self.prefix}{self.base}{path}"
 
     def fields(self) -> Names:
         """The members to show: those of `fields`, else the view's, or CSV's columns."""
@@ -3107,12 +3102,12 @@ def acknowledge(call: Call, members: str = "", headers: Headers = ()) -> Answer:
 
 
 def show_saved(
-    call: Call, texts: Iterable[str], version: int = 0, place: str = ""
+    call: Call, texts: Iterable[str], version: int = 0, id: int = 0
 ) -> Answer:
-    """The answer to a write of what is now there: of one, its place and version."""
+    """The answer to a write of what is now there: of one, its version and place."""
     headers = [("ETag", f'"{version}"')] if version else []
-    if place and call.method == "POST":
-        headers.append(("Location", call.uri(place)))
+    if id and call.method == "POST":
+        headers.append(("Location", f"{call.prefix}{call.path}/{id}"))
     return acknowledge(call, f', "results": [{", ".join(texts)}]', headers)
 
 
@@ -3131,7 +3126,7 @@ def list_users(call: Call) -> Answer:
     """Users; a short answer is kept for whoever asks the same before the next change,
     as lists are read far more often than users change."""
     seq, kept = call.store.last_seq(), call.app.kept
-    key = (call.uri(""), call.environ.get("QUERY_STRING"), call.media)
+    key = (call.prefix, call.path, call.environ.get("QUERY_STRING"), call.media)
     since, body, headers = kept.get(key, (None, b"", ()))
     if since != seq:
         body, headers = show_users(call, make_query(call))
@@ -3162,7 +3157,7 @@ def show_users(call: Call, query: Query) -> tuple[Body, Headers]:
     if query.limit:
         page, first = first, first[: query.limit]
         cursor = write_cursor(query.sort, first[-1]) if page != first else None
-        following, headers = tell_next(call, "/user", "after", cursor)
+        following, headers = tell_next(call, "after", cursor)
         tail += following
     chunks = CHUNKS[call.media](itertools.chain([first], pages), members, tail)
     few = query.limit or len(first) < PAGE_ROWS
@@ -3176,14 +3171,14 @@ def remember(kept: dict[Any, Any], key: Any, value: Any, most: int) -> None:
         kept.pop(eldest, None)
 
 
-def tell_next(call: Call, path: str, name: str, place: Any) -> tuple[str, Headers]:
-    """The member `next` and the header Link of a limited answer: the same query with
+def tell_next(call: Call, name: str, place: Any) -> tuple[str, Headers]:
+    """The member `next` and the header Link of a limited answer: this request with
     another `place` in the parameter `name`; null if the place is None."""
     if place is None:
         return ', "next": null', ()
     pairs = query_pairs(call.environ["QUERY_STRING"])
     query = [*(pair for pair in pairs if pair[0] != name), (name, place)]
-    uri = f"{call.uri(path)}?{urlencode(query, safe=',')}"
+    uri = f"{call.prefix}{call.path}?{urlencode(query, safe=',')}"
     return f', "next": {json.dumps(uri)}', [("Link", f'<{uri}>; rel="next"')]
 
 
@@ -3234,7 +3229,7 @@ def save_users(call: Call) -> Answer:
     users = [call.store.show_user(id, VIEWS[call.view]) for id in ids]
     texts = (text for text, _ in users)
     if one and users:
-        return show_saved(call, texts, users[0][1], f"/user/{ids[0]}")
+        return show_saved(call, texts, users[0][1], ids[0])
     return show_saved(call, texts)
 
 
@@ -3284,8 +3279,7 @@ def save_rows(call: Call) -> Answer:
     numbers, version = call.store.save_rows(user, shape, items, how, n, check)
     rows = {row["id"]: row for row in json.loads(call.store.show_rows(user, shape)[0])}
     texts = (ENCODER.encode(rows[number]) for number in numbers)
-    place = f"/user/{user}/{shape.name}/{numbers[0]}" if one else ""
-    return show_saved(call, texts, version, place)
+    return show_saved(call, texts, version, numbers[0] if one else 0)
 
 
 @operations(
@@ -3343,7 +3337,7 @@ def list_changes(call: Call) -> Answer:
     rows = call.store.changes(since, most)
     members = ", ".join(row for row, _ in rows)
     more = len(rows) == most and rows[-1][1] < call.store.last_seq()
-    following = tell_next(call, "/changes", "since", rows[-1][1] if more else None)
+    following = tell_next(call, "since", rows[-1][1] if more else None)
     tail, headers = following if limit or more else ("", ())
     return Answer(f'{{"results": [{members}]{tail}}}'.encode(), headers)
 
@@ -3756,7 +3750,7 @@ class UserAPI:
         call.path = read_path(call.environ)
         self.guard.admit(call)
         resource, call.args = find_resource(self.router, call.path, call.method)
-        call.base, call.view, operations = resource
+        _, call.view, operations = resource
         if call.method == "OPTIONS":
             return resource
         operation = operations.get("GET" if call.method == "HEAD" else call.method)
