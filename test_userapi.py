@@ -1521,6 +1521,27 @@ def test_another_program_gives_a_phone_to_another_user(client):
 
 
 @of_files("what other programs write is noticed by triggers")
+@pytest.mark.parametrize(
+    "call", ["PATCH /api/user/1338", "POST /api/user/1338/phone", "PATCH /api/user"]
+)
+def test_another_programs_text_is_folded_when_it_is_written_next(client, call):
+    run_sql(client.db, OLD_INSERT, "ÉMILE", "emile@example.org")
+    item = {"number": "999"} if "phone" in call else {"mail": "e@example.org"}
+    one = {"item": item} if "1338" in call else {"items": [{"id": 1338, **item}]}
+    assert client(call, one).status_code in (200, 201)
+    found = client("GET /api/user?q=%C3%A9mile&fields=id").json
+    assert found == {"results": [{"id": 1338}]}
+
+
+def test_a_list_in_another_order_is_no_change(client):
+    phones = [PHONE, {**PHONE, "id": 7}]
+    client("PATCH /api/v2/user/3", {"item": {"phone": phones}})
+    last = client.changes()[-1]["seq"]
+    client("PATCH /api/v2/user/3", {"item": {"phone": phones[::-1]}})
+    assert [change["fields"] for change in client.changes(since=last)] == [[]]
+
+
+@of_files("what other programs write is noticed by triggers")
 def test_another_programs_text_is_found_and_sorted(client):
     run_sql(client.db, OLD_INSERT, "ADA", "Ada@Example.ORG")
     run_sql(client.db, "UPDATE users SET user_mail = 'NEW@x' WHERE user_id = 1")

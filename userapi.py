@@ -1910,10 +1910,14 @@ class Store(Database):
         there = {n: self._load_rows(SHAPES[n], row["id"]) for n in SHAPES if n in item}
         before = {**row, **{name: [*rows.values()] for name, rows in there.items()}}
         sets = {f.column: item[f.name] for f in USER.columns if f.name in item}
-        sets.update({f"{n}_fold": fold(item[n]) for n in ("name", "mail") if n in item})
+        texts = {"name": row["name"], **item}  # another program's was folded otherwise
+        for name in ("name", "mail"):
+            if isinstance(text := texts.get(name), str):
+                sets[f"{name}_fold"] = fold(text)
         for name in there:
             last = f"last_{name}"
             sets[last] = number_rows(item[name], row[last])
+            item[name].sort(key=operator.itemgetter("id"))  # as `before` is
         fields = tuple(n for n in LOGGED if n in item and before[n] != item[n])
         version = self._raise_version(tx, row, sets, fields, check)
         for name, rows in there.items():
