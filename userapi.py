@@ -630,8 +630,7 @@ class Checker:
             self.rules[field.name] = field.rule() if wanted else None
         self.lists = {f.name: Checker(SHAPES[f.rows]) for f in fields if f.rows}
         written = [field for field in fields if field in shape.columns]
-        required = [field.name for field in written if field.required]
-        self.required = [] if self.partial else required
+        self.required = [f.name for f in written if f.required and not self.partial]
         self.required += ["id"] * (how != "create" and not named)
         empty: Item = {field.name: "" for field in written if not field.required}
         self.empty = {} if self.partial else empty
