@@ -5776,6 +5776,9 @@ class Server:
 
     async def listen(self, sockets: list[socket.socket]) -> list[asyncio.Server]:
         tls = make_tls(self.settings) if self.settings.cert else None
+        for sock in sockets:  # so that what a client takes is seen, bit by bit
+            with contextlib.suppress(AttributeError, OSError):  # a Unix socket, Windows
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 1 << 17)
         return [
             await self.loop.create_server(
                 lambda: Connection(self),
@@ -5900,8 +5903,6 @@ def open_sockets(settings: Settings) -> list[socket.socket]:
             both = settings.host == "::" and socket.has_dualstack_ipv6()
             where = (settings.host, settings.port)
             sock = socket.create_server(where, family=family, dualstack_ipv6=both)
-            if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # so that what is taken is seen
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 1 << 17)
         return [sock]
     except OSError as fault:
         raise SettingError(f"cannot listen: {reason(fault)}") from None
