@@ -1520,6 +1520,19 @@ def test_another_program_gives_a_phone_to_another_user(client):
     assert [user["version"] for user in client.users()] == [2, 1, 2, 1]
 
 
+def test_a_phone_that_waited_for_its_user_is_not_written_over(client):
+    run_sql(
+        client.db,
+        "INSERT INTO user_phone (user_id, id, number) VALUES (2000, 1, '110')",
+    )
+    client("POST /api/user", {"item": {"id": 2000, **ADA}})
+    added = client("POST /api/user/2000/phone", {"item": {"number": "+1 212 555"}})
+    assert added.json["results"][0]["id"] == 2
+    item = {"phone": [{"number": "112"}]}
+    merged = client("PATCH /api/v2/user/2000", {"item": item})
+    assert [one["id"] for one in merged.json["results"][0]["phone"]] == [3]
+
+
 @of_files("what other programs write is noticed by triggers")
 @pytest.mark.parametrize(
     "call", ["PATCH /api/user/1338", "POST /api/user/1338/phone", "PATCH /api/user"]

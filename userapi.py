@@ -1915,7 +1915,7 @@ class Store(Database):
                 sets[f"{name}_fold"] = fold(text)
         for name in there:
             last = f"last_{name}"
-            sets[last] = number_rows(item[name], row[last])
+            sets[last] = number_rows(item[name], max([row[last], *there[name]]))
             item[name].sort(key=operator.itemgetter("id"))  # as `before` is
         fields = tuple(n for n in LOGGED if n in item and before[n] != item[n])
         version = self._raise_version(tx, row, sets, fields, check)
@@ -2022,7 +2022,8 @@ class Store(Database):
             faults.raise_worst()
             if how == "create" and len(there) + len(rows) > MAX_ROWS:
                 raise Problem(409, f"{MAX_ROWS} are the most that a user has")
-            number_rows(rows, row[f"last_{shape.name}"])
+            # another program's may stand there that nobody has counted
+            number_rows(rows, max([row[f"last_{shape.name}"], *there]))
             there.update((value["id"], value) for value in rows)
             version = self._update(tx, row, {shape.name: [*there.values()]}, check)
         return [value["id"] for value in rows], version
