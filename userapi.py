@@ -54,7 +54,6 @@ import asyncio
 import base64
 import bisect
 import collections
-import csv
 import datetime
 import functools
 import gc
@@ -304,7 +303,7 @@ class Problem(Exception):
         status: int,
         detail: str,
         errors: Sequence[Item] = (),
-        headers: Sequence[tuple[str, str]] = (),
+        headers: Headers = (),
         **more: Any,
     ) -> None:
         super().__init__(detail)
@@ -2973,6 +2972,8 @@ def ndjson_entries(file: Any) -> Iterator[Entry]:
 
 def read_csv(file: Any) -> Iterator[Columns | list[Entry]]:
     """The items of CSV (RFC 4180) with their physical lines; the header is line 1."""
+    import csv
+
     reader = csv.reader(map(bytes.decode, read_lines(file)), strict=True)
     while (first := take_rows(reader, 1)) == [[]]:
         pass  # a blank line
@@ -2986,6 +2987,8 @@ def read_csv(file: Any) -> Iterator[Columns | list[Entry]]:
 
 def take_rows(reader: Any, most: int) -> list[Any]:
     """The next rows of a CSV reader; the last is a BadLine if it could not be read."""
+    import csv
+
     rows: list[Any] = []
     try:
         rows.extend(itertools.islice(reader, most))
@@ -3063,6 +3066,8 @@ def read_batches(file: Any, media: str, watch: Callable[[int], None]) -> Iterato
 
 
 def csv_lines(rows: Iterable[Sequence[Any]]) -> bytes:
+    import csv
+
     out = io.StringIO()
     csv.writer(out).writerows([guard(cell) for cell in row] for row in rows)
     return out.getvalue().encode()
@@ -5574,8 +5579,8 @@ class Server:
         elif self.store.begin_group():
             self.run_group([], time.monotonic() + GATHER)
         else:  # another program writes: wait for it, but not here
-            begin, wait = self.store.begin_group, True
-            self.in_thread(lambda _: self.run_group([], 0), begin, wait)
+            begin = functools.partial(self.store.begin_group, wait=True)
+            self.in_thread(lambda _: self.run_group([], 0), begin)
 
     def run_group(self, done: list[tuple[Turn, Any]], end: float) -> None:
         """Run what waits, and for a while what comes meanwhile; then have it committed:
@@ -5633,7 +5638,8 @@ class Server:
             self.sync_time += (time.perf_counter() - began - self.sync_time) / 4
 
     def in_thread(self, then: Callable[[Any], None], *work: Any) -> None:
-        """The same in a thread of its own, or here where none can be had."""
+        """Call a function with its arguments in a thread of its own, or here where none
+        can be had, and then go on here with the outcome."""
 
         def run() -> None:
             result = outcome(*work)

@@ -1548,11 +1548,12 @@ def test_it_runs_without_what_only_some_systems_have(tmp_path, number):
 
 #: what a server of users has no use for
 NEEDLESS = {
-    *("antigravity", "cgi", "concurrent.futures.process", "ctypes", "curses", "dbm"),
-    *("distutils", "doctest", "ensurepip", "ftplib", "idlelib", "imaplib", "lib2to3"),
-    *("multiprocessing", "pdb", "pip", "pkg_resources", "poplib", "profile", "psycopg"),
-    *("pydoc", "setuptools", "smtplib", "tkinter", "turtle", "unittest", "venv", "xml"),
-    *("xmlrpc", "wsgiref.simple_server", "http.server", "zipfile.__main__"),
+    *("antigravity", "cgi", "concurrent.futures.process", "csv", "ctypes", "curses"),
+    *("dbm", "distutils", "doctest", "ensurepip", "ftplib", "idlelib", "imaplib"),
+    *("lib2to3", "multiprocessing", "pdb", "pip", "pkg_resources", "poplib"),
+    *("profile", "psycopg", "pydoc", "setuptools", "smtplib", "tkinter", "turtle"),
+    *("unittest", "venv", "xml", "xmlrpc", "wsgiref.simple_server", "http.server"),
+    *("zipfile.__main__",),
 }
 
 
