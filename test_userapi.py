@@ -1863,6 +1863,15 @@ def test_a_file_that_went_away_takes_no_more_writes(connect, tmp_path, template,
     assert client("DELETE /api/user/1").status_int == 503
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
+def test_what_is_no_file_is_no_database_and_nothing_is_made_beside_it(tmp_path):
+    os.mkfifo(tmp_path / "users.db")
+    with pytest.raises(Problem) as refused:
+        userapi.Store(str(tmp_path / "users.db"))
+    assert refused.value.detail == "is no file"
+    assert [path.name for path in tmp_path.iterdir()] == ["users.db"]
+
+
 def newer(path: Path) -> None:
     run_sql(path, "PRAGMA user_version = 9999")
 
