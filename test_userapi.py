@@ -1812,6 +1812,7 @@ for one in (store, memory):
     one.create_users([{"name": "Before", "mail": "b@x"}])
 del gone
 before = set(store._pool)
+store._writing.acquire()  # as a thread has it that is about to write
 child = os.fork()
 if not child:
     for one in (store, memory):
@@ -1819,6 +1820,7 @@ if not child:
     assert memory.count_users() == 2  # a copy is its own
     sys.exit(bool(before & set(store._pool)))  # no connection may cross a fork
 assert os.waitpid(child, 0)[1] == 0
+store._writing.release()
 store.create_users([{"name": "Parent", "mail": "p@x"}])
 print([user["name"] for user in store.find_users()][-3:], store.check())
 assert memory.count_users() == 1
@@ -1870,6 +1872,35 @@ def test_what_is_no_file_is_no_database_and_nothing_is_made_beside_it(tmp_path):
         userapi.Store(str(tmp_path / "users.db"))
     assert refused.value.detail == "is no file"
     assert [path.name for path in tmp_path.iterdir()] == ["users.db"]
+
+
+@of_files("the file of the first application")
+@pytest.mark.parametrize("lock", [True, False])
+@pytest.mark.parametrize("old", [True, False])
+def test_many_may_make_or_upgrade_a_database_at_once(
+    tmp_path, first, monkeypatch, old, lock
+):
+    """Without a lock (on Windows) that is not sure, but they can open it one by one."""
+    if not lock:
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    opened: list[int] = []
+    for number in range(8 if lock else 1):
+        path, together = tmp_path / f"{number}.db", threading.Barrier(4 if lock else 1)
+        if old:
+            shutil.copy(first, path)
+
+        def open_it(path: Path = path, together: Any = together) -> None:
+            together.wait(60)
+            store = userapi.Store(str(path))
+            opened.append(store.count_users())
+            store.close()
+
+        threads = [threading.Thread(target=open_it) for _ in range(together.parties)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert opened == [len(FIRST_ROWS) * old] * (32 if lock else 1)
 
 
 def newer(path: Path) -> None:

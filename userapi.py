@@ -1196,6 +1196,28 @@ class Disk:
     def __init__(self, path: str) -> None:
         self.path, self.in_file = path, is_file(path)
 
+    @contextlib.contextmanager
+    def one_at_a_time(self) -> Iterator[None]:
+        """Lock the file's folder (flock), or wait for it, for 5 s at most.
+
+        SQLite does not wait where two programs make a file at once, or switch it to a
+        write-ahead log, and what is half made looks like another's.
+        """
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError, ImportError):
+                import fcntl
+
+                folder = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY)
+                stack.callback(os.close, folder)
+                until = time.monotonic() + 5
+                while self.in_file and time.monotonic() < until:
+                    try:
+                        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    except BlockingIOError:
+                        time.sleep(0.01)
+            yield
+
     def room(self) -> int:
         """Bytes that the file may grow by, on the disk and by the process's limit,
         without those that are spared for the log and for deleting."""
@@ -1290,6 +1312,7 @@ class Database:
         self.memory = path == ":memory:"
         self.disk = Disk(path)
         self._lock = threading.Lock()  # of the one connection to what is in memory
+        self._writing = threading.Lock()  # by one thread at a time
         self._scope = Scope()
         self._pool: list[sqlite3.Connection] = []  # that nobody uses
         self._left: list[Any] = []  # of the parent process, after a fork
@@ -1299,6 +1322,12 @@ class Database:
             )
         self._turn = Transaction(self)
         self._soon: set[tuple[str, tuple[Any, ...]]] = set()
+        with self.disk.one_at_a_time():
+            self._open_first()
+
+    # Opening
+
+    def _open_first(self) -> None:
         if self.disk.in_file:
             self._refuse_foreign()
         try:
@@ -1308,8 +1337,6 @@ class Database:
         if not self.memory:
             self.disk.size()
             self.close()
-
-    # Opening
 
     def _refuse_foreign(self) -> None:
         """Refuse what is no database of ours, before anything could change it.
@@ -1524,11 +1551,15 @@ class Database:
         if group := self._own_group():
             self._begin_part(group, tx)
             return group
-        db = self._take()
+        # SQLite's own waiting is to look again now and then, which can starve a thread
+        if not self._writing.acquire(timeout=5):
+            raise busy("another thread has been writing for too long")
+        db = None
         try:
+            db = self._take()
             db.execute(BEGIN)
-        except sqlite3.Error:
-            self._give(db)
+        except BaseException:
+            self._end_turn(db)
             raise
         self._highest, tx.now = None, utc_now()
         return db
@@ -1557,7 +1588,12 @@ class Database:
         try:
             self._commit(db, tx, keep)
         finally:
+            self._end_turn(db)
+
+    def _end_turn(self, db: sqlite3.Connection | None) -> None:
+        if db:
             self._give(db)
+        self._writing.release()
 
     def _end_part(self, db: sqlite3.Connection, tx: Transaction, keep: bool) -> None:
         if not db.in_transaction:  # SQLite rolled the whole group back
@@ -2189,7 +2225,7 @@ def forget(store: weakref.ref[Database]) -> None:
     found = store()
     if found is not None and not found.memory:
         found._left.append(found._pool)  # to close them would drop the parent's locks
-        found._pool = []
+        found._pool, found._writing = [], threading.Lock()
 
 
 Change = tuple[Place, Item, Item]  # where an item stands, its row, and itself

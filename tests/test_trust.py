@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import email.utils
+import fcntl
 import hashlib
 import http.client
 import io
@@ -493,10 +494,10 @@ def nobody_stays_behind():
 
 
 def refused(port):
-    with contextlib.suppress(ConnectionRefusedError):
+    with contextlib.suppress(ConnectionRefusedError, ConnectionResetError):
         socket.create_connection(("127.0.0.1", port), 5).close()
         return False
-    return True
+    return True  # or reset: it had just been taken up when the listening ended
 
 
 # ---------------------------------------------------------------------------------
@@ -2285,6 +2286,17 @@ def test_a_migration_killed_at_any_write(tmp_path, calls):
 
 
 @pytest.mark.slow
+def test_many_processes_make_one_database(tmp_path):
+    for turn in range(4):
+        db = tmp_path / f"{turn}.db"
+        argvs = [["token", "add", f"t{n}", "--db", db] for n in range(4)]
+        done = in_threads(lambda argv: run(*argv), argvs)
+        assert [one.returncode for one in done] == [0] * 4, done
+        names = rows(db, "SELECT name FROM tokens ORDER BY 1")
+        assert names == [(f"t{n}",) for n in range(4)]
+
+
+@pytest.mark.slow
 def test_many_processes_upgrade_one_database(tmp_path):
     for turn in range(3):
         path = kept(0, tmp_path / f"{turn}.db")
@@ -2293,6 +2305,31 @@ def test_many_processes_upgrade_one_database(tmp_path):
         assert [one.returncode for one in done] == [0] * 4, done
         assert rows(path) == before
         assert rows(path, "SELECT count(*) FROM changes") == [(0,)]
+
+
+@pytest.mark.slow
+def test_a_folder_that_another_program_has_locked_is_waited_for_but_not_for_ever(
+    tmp_path,
+):
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    made = run("import", "-", "--db", tmp_path / "users.db", input="name,mail\nA,a@b\n")
+    assert made.returncode == 0, made
+    os.close(folder)
+
+
+@pytest.mark.slow
+def test_a_thread_that_writes_on_and_on_leaves_the_others_a_503(tmp_path):
+    store = userapi.Store(str(tmp_path / "users.db"))
+    with store.transaction():
+        store.create_users([user("Mine")])
+        with pytest.raises(userapi.Problem) as refused:
+            in_threads(store.create_users, [[user("Other")]])
+    assert refused.value.status == 503
+    assert dict(refused.value.headers)["Retry-After"] == "1"
+    store.create_users([user("Next")])
+    assert [one["name"] for one in store.find_users()] == ["Mine", "Next"]
+    store.close()
 
 
 if __name__ == "__main__":
