@@ -4777,6 +4777,42 @@ def test_the_document_has_every_operation(client):
 # Server
 # ------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_readers_find_all_that_is_wanted_of_them(threads, monkeypatch):
+    """In threads, or where the host lets none be started in the loop."""
+    if not threads:
+
+        def refuse(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+    found: dict[int, Any] = {}
+
+    async def read() -> None:
+        all_there = asyncio.Event()
+        readers = userapi.Readers(asyncio.get_running_loop())
+
+        def keep(number: int, result: Any) -> None:
+            found[number] = result
+            if len(found) == 100:
+                all_there.set()
+
+        def divide(number: int) -> tuple[float, bool]:
+            here = threading.current_thread() is threading.main_thread()
+            return 1 / number, here
+
+        for number in range(100):
+            readers.run(lambda result, n=number: keep(n, result), divide, number)
+        assert not found, "not before the loop goes on"
+        await asyncio.wait_for(all_there.wait(), 60)
+        assert readers.busy == 0
+
+    asyncio.run(read())
+    assert isinstance(found.pop(0), ZeroDivisionError)
+    assert found == {n: (1 / n, not threads) for n in range(1, 100)}
+
+
 AT = "Host: localhost|"
 JSON_POST = f"POST /api/user?dry_run=true HTTP/1.1|{AT}Content-Type: application/json|"
 SIZE = len(JSON_BODY)

@@ -4941,7 +4941,7 @@ ALONE = frozenset(("HTTP_HOST", "CONTENT_LENGTH", "CONTENT_TYPE", "HTTP_AUTHORIZ
 READ_SIZE = 256 * 1024  # bytes that a connection may have read ahead
 SEND_SIZE = 64 * 1024  # bytes that may wait for the end of the turn
 WAKE = 0.2  # seconds after which a stream that had nothing is asked again
-THREADS = 8  # threads that read where the database is not in this process
+THREADS = 4  # threads that read where the database is not in this process
 SLOW_SYNC = 0.002  # seconds from which on a commit is given to a thread
 GATHER = 0.01  # seconds for which a group takes up what comes while it is run
 BURST = 32  # requests of one connection that are answered in one turn
@@ -5400,7 +5400,7 @@ class Connection(asyncio.Protocol):
         if self.server.remote:
             stream, self.stream = self.stream, None  # nobody else is to touch it
             again = functools.partial(self.pulled, stream)
-            self.server.elsewhere(again, next, stream, None)
+            self.server.readers.run(again, next, stream, None)
         else:
             self.push(outcome(next, self.stream, None))
 
@@ -5537,6 +5537,49 @@ def close_body(body: Any) -> None:
 Turn = tuple[Connection, Environ]
 
 
+class Readers:
+    """Threads that ask a database which is not in this process, for the loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        import queue
+
+        self.loop = loop
+        self.wanted: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.found: collections.deque[Any] = collections.deque()
+        self.told = False  # the loop, that something was found
+        self.threads = self.busy = 0
+        with contextlib.suppress(RuntimeError):  # a limit on threads or memory
+            while self.threads < THREADS:
+                threading.Thread(target=self.work, daemon=True).start()
+                self.threads += 1
+
+    def run(self, then: Callable[[Any], None], *work: Any) -> None:
+        """Call a function with its arguments in a thread, or here where there is none,
+        and then go on in the loop with the outcome."""
+        self.busy += 1
+        if self.threads:
+            self.wanted.put((then, *work))
+        else:
+            self.find(then, *work)
+
+    def work(self) -> None:
+        while True:
+            self.find(*self.wanted.get())
+
+    def find(self, then: Callable[[Any], None], *work: Any) -> None:
+        self.found.append((then, outcome(*work)))
+        if not self.told:  # once for many: to wake the loop is what costs
+            self.told = True
+            with contextlib.suppress(RuntimeError):  # it may have ended
+                self.loop.call_soon_threadsafe(self.go_on)
+
+    def go_on(self) -> None:
+        self.told = False  # before looking, so that nothing is left lying
+        while self.found:
+            self.busy -= 1
+            self.loop.call_soon(*self.found.popleft())
+
+
 class Server:
     """Serves a UserAPI over one or more sockets, in one thread.
 
@@ -5552,7 +5595,6 @@ class Server:
         self.remote = isinstance(self.store, PostgresStore)  # it may be slow
         #: the methods that are answered in the loop, as the database is never slow
         self.direct = () if self.remote else SAFE
-        self.reading = 0  # what is under way in the threads of readers
         self.connections: set[Connection] = set()
         self.sleeping: set[Connection] = set()
         self.sending: list[Connection] = []
@@ -5651,19 +5693,7 @@ class Server:
         if environ["PATH_INFO"] in ("/health", "/health/"):
             answer(connection.call(environ))
         else:
-            self.elsewhere(answer, connection.call, environ)
-
-    def elsewhere(self, then: Callable[[Any], None], *work: Any) -> None:
-        """Call a function with its arguments in a reader's thread, and then go on here
-        with the outcome."""
-
-        def done(future: asyncio.Future[Any]) -> None:
-            self.reading -= 1
-            then(future.result())
-
-        self.reading += 1
-        future = self.loop.run_in_executor(self.readers, outcome, *work)
-        future.add_done_callback(done)
+            self.readers.run(answer, connection.call, environ)
 
     def commit(self) -> None:
         """Commit, and learn how long that takes here."""
@@ -5783,10 +5813,8 @@ class Server:
         self.loop.set_exception_handler(self.tell)
         self.stopped = asyncio.Event()
         if self.remote:
-            from concurrent.futures import ThreadPoolExecutor
-
             self.store.impatient = threading.get_ident()
-            self.readers = ThreadPoolExecutor(THREADS)
+            self.readers = Readers(self.loop)
         elif self.group:
             self.store.open_group()
         self.sweep()
@@ -5806,7 +5834,7 @@ class Server:
             server.close()
         await self.drain()
         self.sweeper.cancel()
-        if self.logging or self.remote and (self.reading or self.committing):
+        if self.logging or self.remote and (self.readers.busy or self.committing):
             os._exit(0)  # nobody takes the log or asks us: a thread would never end
         if self.group:
             self.store.close_group()
