@@ -1076,7 +1076,7 @@ CHARS = st.characters(
     exclude_categories=["Cs"], exclude_characters="\x1c\x1d\x1e\x1f\x85"
 )
 ODD = st.sampled_from(sorted(BIDI | INVISIBLE | set(" \t\n\u200b\u0301\u00a0\u3000Aé")))
-EXAMPLES = 50 * int(os.environ.get("USERAPI_FUZZ", "1"))  # tests/test_fuzz.py sets it
+EXAMPLES = 25 * int(os.environ.get("USERAPI_FUZZ", "1"))  # tests/test_fuzz.py sets it
 REPEATABLE = settings(
     derandomize=True, deadline=None, max_examples=EXAMPLES, database=None
 )
@@ -6282,8 +6282,8 @@ def test_import_from_standard_input_and_export_to_a_pipe(db):
 def test_a_line_without_end_is_refused_in_bounded_memory(db, tmp_path, name, begins):
     import resource
 
-    size = 160 << 20
-    (tmp_path / name).write_bytes(begins + b"x" * (64 << 20))
+    size = 120 << 20
+    (tmp_path / name).write_bytes(begins + b"x" * (40 << 20))
     done_ = subprocess.run(
         [*PROGRAM, "import", tmp_path / name, "--db", str(db)],
         stderr=subprocess.PIPE,

@@ -1215,7 +1215,7 @@ class Disk:
                         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         break
                     except BlockingIOError:
-                        time.sleep(0.01)
+                        time.sleep(0.002)
             yield
 
     def room(self) -> int:

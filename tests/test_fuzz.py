@@ -152,7 +152,7 @@ def test_the_core_suites_rules():
     out = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "test_userapi.py", "-k", "test_any"],
         cwd=Path(userapi.__file__).parent,
-        env={**os.environ, "USERAPI_FUZZ": str(10 * TIMES)},
+        env={**os.environ, "USERAPI_FUZZ": str(20 * TIMES)},
         capture_output=True,
         text=True,
     )
