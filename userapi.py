@@ -5665,7 +5665,8 @@ class Server:
         the fewer commits, the less each costs."""
         turns, self.waiting = self.waiting, []
         done.extend((turn, turn[0].call(turn[1])) for turn in turns)
-        if turns and time.monotonic() < end:
+        others = len(self.connections) > len(done)  # who may send something meanwhile
+        if turns and others and time.monotonic() < end:
             self.loop.call_later(0, self.run_group, done, end)  # when it has been read
             return
         if self.sync_time > SLOW_SYNC:
