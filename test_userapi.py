@@ -1910,6 +1910,28 @@ def test_many_may_make_or_upgrade_a_database_at_once(
     assert opened == [len(FIRST_ROWS) * old] * (32 if lock else 1)
 
 
+@of_files("what is written to it")
+def test_what_is_half_written_when_a_database_is_opened_is_no_damage(
+    tmp_path, template
+):
+    """As where another program closes it just now, and its log goes into the file."""
+    path = database(tmp_path / "users.db", template)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:8192] + bytes(len(whole) - 8192))
+    os.utime(path, (1, 1))
+
+    class Opened(userapi.Store):
+        def _examine(self, beside: list[str], size: int) -> None:
+            try:
+                super()._examine(beside, size)
+            finally:
+                path.write_bytes(whole)
+
+    store = Opened(str(path))
+    assert store.check() == []
+    store.close()
+
+
 def newer(path: Path) -> None:
     run_sql(path, "PRAGMA user_version = 9999")
 

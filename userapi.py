@@ -1194,7 +1194,9 @@ class Disk:
     _identity: tuple[int, int] | None = None  # of the file that was opened
 
     def __init__(self, path: str) -> None:
-        self.path, self.in_file = path, is_file(path)
+        self.given, self.in_file = path, is_file(path)
+        # SQLite's own files stand beside that of which a link is another name
+        self.path = os.path.realpath(path) if self.in_file else path
 
     @contextlib.contextmanager
     def one_at_a_time(self) -> Iterator[None]:
@@ -1207,7 +1209,7 @@ class Disk:
             with contextlib.suppress(OSError, ImportError):
                 import fcntl
 
-                folder = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY)
+                folder = os.open(os.path.dirname(self.path), os.O_RDONLY)
                 stack.callback(os.close, folder)
                 until = time.monotonic() + 5
                 while self.in_file and time.monotonic() < until:
@@ -1218,6 +1220,15 @@ class Disk:
                         time.sleep(0.002)
             yield
 
+    def stamp(self) -> list[tuple[str, int, int]]:
+        """What differs once somebody has written to the file or beside it."""
+        found = []
+        for end in ("", "-wal", "-journal"):
+            with contextlib.suppress(OSError):
+                at = os.stat(self.path + end)
+                found.append((end, at.st_size, at.st_mtime_ns))
+        return found
+
     def room(self) -> int:
         """Bytes that the file may grow by, on the disk and by the process's limit,
         without those that are spared for the log and for deleting."""
@@ -1226,7 +1237,7 @@ class Disk:
         import resource
 
         try:
-            disk = os.statvfs(os.path.dirname(self.path) or ".")
+            disk = os.statvfs(os.path.dirname(self.path))
             room, whole = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
             limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
             if limit != resource.RLIM_INFINITY:
@@ -1241,7 +1252,7 @@ class Disk:
         if not self.in_file:
             return 0
         try:
-            found = os.stat(self.path)
+            found = os.stat(self.given)
         except OSError:
             raise busy("the database's file is gone", 5) from None
         if self._identity not in (None, (found.st_dev, found.st_ino)):
@@ -1307,10 +1318,10 @@ class Database:
         keep_changes: int = 100_000,
         on_change: Callable[[Item], None] | None = None,
     ) -> None:
-        self.path, self.unique_mail = path, unique_mail
+        self.disk = Disk(path)
+        self.path, self.unique_mail = self.disk.path, unique_mail
         self.keep_changes, self.on_change = keep_changes, on_change
         self.memory = path == ":memory:"
-        self.disk = Disk(path)
         self._lock = threading.Lock()  # of the one connection to what is in memory
         self._writing = threading.Lock()  # by one thread at a time
         self._scope = Scope()
@@ -1342,8 +1353,19 @@ class Database:
         """Refuse what is no database of ours, before anything could change it.
 
         SQLite reads it even here: to close a descriptor of our own would drop the
-        locks that other connections of this process hold on the file (POSIX).
+        locks that other connections of this process hold on the file (POSIX). But it
+        takes no lock, and what it finds amid another's writing counts for nothing.
         """
+        until = time.monotonic() + 5
+        while True:
+            before = self.disk.stamp()
+            try:
+                return self._refuse_now()
+            except Problem:
+                if before == self.disk.stamp() or time.monotonic() > until:
+                    raise
+
+    def _refuse_now(self) -> None:
         try:
             size = os.stat(self.path).st_size
         except FileNotFoundError:
@@ -1403,7 +1425,7 @@ class Database:
 
         where = ":memory:"
         if not self.memory:
-            where = f"{pathlib.Path(self.path).absolute().as_uri()}?{mode}"
+            where = f"{pathlib.Path(self.path).as_uri()}?{mode}"
         db = sqlite3.connect(  # whose timeout is SQLite's busy_timeout in seconds
             where, timeout=5, uri=True, isolation_level=None, check_same_thread=False
         )

@@ -848,6 +848,12 @@ def beside(path, end):
     Path(f"{path}{end}").write_bytes(b"x" * 5000)
 
 
+def link_to(path, make):
+    target = path.parent.parent / "elsewhere.db"
+    make(target)
+    path.symlink_to(target)
+
+
 BROKEN = {
     "text": lambda path: path.write_text("users: none\n" * 100),
     "a single byte": lambda path: path.write_bytes(b"\n"),
@@ -889,6 +895,9 @@ BROKEN = {
     ),
     "an empty file beside a log": lambda path: beside(path, "-wal"),
     "an empty file beside a journal": lambda path: beside(path, "-journal"),
+    "a link to an empty file beside a log": lambda path: link_to(
+        path, lambda target: beside(target, "-wal")
+    ),
     "a folder": lambda path: path.mkdir(),
     "a link to nowhere in particular": lambda path: path.symlink_to("/nowhere/x.db"),
     "no such folder": lambda path: None,
