@@ -2570,6 +2570,12 @@ def translate(sql: str) -> str:
     return sql.replace("%", "%%").replace("?", "%s") if "?" in sql else sql
 
 
+class Outage:
+    """Until when nobody need ask for a server, as none has answered just now."""
+
+    until = 0.0
+
+
 class Postgres:
     """A connection to PostgreSQL with what the Store uses of one of sqlite3's.
 
@@ -2577,7 +2583,8 @@ class Postgres:
     transaction. Where no server takes writes, it goes for a while to one that reads.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, outage: Outage | None = None) -> None:
+        self.outage = outage or Outage()
         try:
             import psycopg
 
@@ -2597,8 +2604,21 @@ class Postgres:
             self.raw.close()
 
     def open(self) -> None:
+        """Connect, or fail at once while another connection finds out whether a server
+        answers again."""
         self.close()
-        self.until = 0.0
+        self.until, outage = 0.0, self.outage
+        if time.monotonic() < outage.until:
+            raise self.driver.OperationalError
+        outage.until = math.inf if outage.until else 0.0
+        try:
+            self.reach()
+        except BaseException:
+            outage.until = time.monotonic() + 1
+            raise
+        outage.until = 0.0
+
+    def reach(self) -> None:
         try:
             self.raw, self.until = self.connect(), math.inf
         except self.driver.OperationalError:
@@ -2638,8 +2658,12 @@ class PostgresStore(Store):
 
     migrations = tuple((*map(translate, s), *POSTGRES_MADE) for s in MIGRATIONS)
 
+    @functools.cached_property
+    def outage(self) -> Outage:
+        return Outage()
+
     def _connect(self) -> Any:
-        return Postgres(self.path)
+        return Postgres(self.path, self.outage)
 
     def _insert_rows(self, db: Any, into: str, rows: list[tuple[Any, ...]]) -> None:
         if len(rows) > 1:

@@ -14,6 +14,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -300,6 +301,48 @@ def test_connections_that_were_cut_are_made_anew(server, db, tmp_path):
                     (db.rpartition("/")[2],),
                 )
         assert ask(port, "GET", "/api/changes?limit=9")[2].count("create") == 3
+
+
+def test_of_many_while_no_server_answers_a_few_wait_for_it(folder, tmp_path):
+    """The others are told at once; each would wait for seconds, one after another."""
+    made = example.Postgres(folder / "data", QUICK).make()
+    try:
+        with serving(tmp_path, made.url) as process, socket.socket() as silent:
+            made.stop()
+            silent.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            silent.bind(("127.0.0.1", made.port))
+            silent.listen(200)
+            calls = [("GET", "/api/user/1", None)] * 30
+            calls += [("POST", "/api/user", {"item": ADA})] * 10
+            answers = []
+            threads = [
+                threading.Thread(
+                    target=lambda c=call: answers.append(
+                        ask(process.port, *c, timeout=60)
+                    )
+                )
+                for call in calls
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(90)
+            assert [status for status, _, _ in answers] == [503] * 40
+            assert all(int(headers["Retry-After"]) > 0 for _, headers, _ in answers)
+            silent.setblocking(False)
+            asked = []
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    asked.append(silent.accept()[0].close())
+            assert 1 < len(asked) <= 20, "each looks twice: who writes, who reads?"
+            silent.close()
+            made.run("pg_ctl", "-w", "-l", made.folder / "log", "start")
+            wait_for(
+                lambda: ask(process.port, "POST", "/api/user", {"item": ADA})[0] == 201,
+                "its return",
+            )
+    finally:
+        made.stop()
 
 
 # --- a primary, a standby, three processes, HAProxy
