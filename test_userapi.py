@@ -2215,6 +2215,17 @@ def test_unique_mail(connect):
     assert connect()("POST /api/user", chans).status_int == 201, "where it is off again"
 
 
+def test_unique_mail_holds_for_processes_that_were_started_without(connect):
+    client = connect()
+    assert connect(unique_mail=True).users() == client.users()
+    taken, before = {"item": {"name": "A", "mail": ZOE["mail"].upper()}}, client.users()
+    for call in ("POST /api/user", "PATCH /api/user/1", "POST /api/user?dry_run=true"):
+        answer = client(call, taken)
+        assert (answer.status_int, answer.json["code"]) == (409, 1)
+        assert "unique_mail" in answer.json["detail"]
+    assert client.users() == before
+
+
 def test_a_command_leaves_unique_mail_as_the_server_has_it(command, connect, tmp_path):
     """Else one that is not told of it would undo it, and the next start be refused."""
     again = tmp_path / "again.csv"
