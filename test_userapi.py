@@ -1658,7 +1658,7 @@ def test_of_many_threads_with_one_etag_one_wins(client):
 def test_a_file_that_another_program_holds_is_a_503(client):
     """The other's lock outlasts our patience; the write leaves nothing, reads go on."""
     assert client("GET /api/user/1").status_int == 200
-    client.app.store._pool[0].execute("PRAGMA busy_timeout = 100")
+    client.app.store.patience = 0.1
     with contextlib.closing(another(client.db)) as other:
         other.execute("BEGIN IMMEDIATE")
         answer = client("DELETE /api/user/1")

@@ -1307,6 +1307,7 @@ class Database:
     migrations: tuple[Names, ...] = MIGRATIONS
     many = MANY
     mode, read_only, wal = "mode=rwc", False, True
+    patience = 5.0  # seconds that a write waits for another to end
     impatient = 0  # the thread that is never to wait for the database
     _group: sqlite3.Connection | None = None
     _group_thread, _in_group = 0, False
@@ -1574,18 +1575,35 @@ class Database:
         if group := self._own_group():
             self._begin_part(group, tx)
             return group
-        # SQLite's own waiting is to look again now and then, which can starve a thread
-        if not self._writing.acquire(timeout=5):
+        if not self._writing.acquire(timeout=self.patience):
             raise busy("another thread has been writing for too long")
         db = None
         try:
             db = self._take()
-            db.execute(BEGIN)
+            db.execute("PRAGMA busy_timeout = 0")
+            try:
+                self._begin_when_free(db, self.patience)
+            finally:
+                db.execute("PRAGMA busy_timeout = 5000")
         except BaseException:
             self._end_turn(db)
             raise
         self._highest, tx.now = None, utc_now()
         return db
+
+    def _begin_when_free(self, db: sqlite3.Connection, seconds: float) -> None:
+        """Begin to write, or wait for another program to end; `db` itself has no
+        patience: SQLite's is to look again every 100 ms (without usleep, every second),
+        which starves who waits for others that write without a pause."""
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                db.execute(BEGIN)
+                return
+            except sqlite3.OperationalError as fault:
+                if "locked" not in str(fault) or time.monotonic() >= until:
+                    raise
+            time.sleep(0.001)
 
     def _begin_part(self, db: sqlite3.Connection, tx: Transaction) -> None:
         turn = self._turn
@@ -1721,15 +1739,13 @@ class Database:
 
     def begin_group(self, wait: bool = False) -> bool:
         """Begin a group; False where another program holds the lock. With `wait`, wait
-        for it, for 5 s at most."""
+        for it."""
         assert self._group is not None
         self._turn, self._in_group = Transaction(self), True
         if self.read_only:
             return True
         try:
-            if wait:
-                self._group.execute("PRAGMA busy_timeout = 5000")
-            self._group.execute(BEGIN)
+            self._begin_when_free(self._group, self.patience if wait else 0)
             self._highest, self._turn.now = None, utc_now()
             self._write_soon(self._group)
         except DATABASE_FAULTS as fault:
@@ -1737,9 +1753,6 @@ class Database:
             if not wait and problem.status == 503:
                 return False
             self._turn.fault = problem
-        finally:
-            if wait:
-                self._group.execute("PRAGMA busy_timeout = 0")
         return True
 
     def commit_group(self) -> None:

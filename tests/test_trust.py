@@ -2327,6 +2327,25 @@ def test_a_folder_that_another_program_has_locked_is_waited_for_but_not_for_ever
     os.close(folder)
 
 
+WRITES_ON_AND_ON = """
+import sys, time, userapi
+store, times = userapi.Store(sys.argv[1]), [time.monotonic()]
+while times[-1] - times[0] < 6:
+    store.create_users([{"name": "A", "mail": "a@b"}] * 20)
+    times.append(time.monotonic())
+print(max(later - before for before, later in zip(times, times[1:])))
+"""
+
+
+@pytest.mark.slow
+def test_nobody_starves_where_others_write_without_a_pause(tmp_path):
+    argv = [sys.executable, "-c", WRITES_ON_AND_ON, tmp_path / "users.db"]
+    more = {"cwd": USERAPI.parent, "env": CLEAN, "text": True, "timeout": 60}
+    done = in_threads(lambda _: float(subprocess.check_output(argv, **more)), range(4))
+    assert max(done) < 2, done
+    print(f"\n4 processes write: a write takes {max(done) * 1000:.0f} ms at most")
+
+
 @pytest.mark.slow
 def test_a_thread_that_writes_on_and_on_leaves_the_others_a_503(tmp_path):
     store = userapi.Store(str(tmp_path / "users.db"))
