@@ -3680,6 +3680,24 @@ def test_the_log_is_bounded_and_says_what_is_gone(connect):
         check(client(row.line), row)
 
 
+@of_files("a store of a class of its own")
+def test_a_log_that_is_cut_while_it_is_read_is_told_whole_or_is_a_410(connect):
+    other, names = connect(keep_changes=2), [{"item": {"name": n}} for n in "ABCDE"]
+
+    class Read(userapi.Store):
+        """Whenever it has read, another process has written."""
+
+        def rows(self, sql: str, values: Any = ()) -> Any:
+            found = super().rows(sql, values)
+            for name in names:
+                other("PATCH /api/user/1", name)
+            return found
+
+    with contextlib.closing(Read(str(other.db))) as store:
+        told = [seq for _, seq in store.changes(2, 100)]
+    assert told[0] == 3, "a gap"
+
+
 # --- server-sent events
 
 

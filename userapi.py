@@ -2121,12 +2121,12 @@ class Store(Database):
 
         Raises Problem 410 where rows after `since` are no longer there.
         """
-        ((oldest,),) = self.rows("SELECT coalesce(min(seq), 1) FROM changes")
-        if since is not None and since < oldest - 1:
-            detail = f"the log of changes begins at {oldest}"
-            raise Problem(410, detail, oldest=oldest)
         sql = f"SELECT {CHANGE_SQL}, seq FROM changes WHERE seq > ?"
-        return self.rows(f"{sql} ORDER BY seq LIMIT ?", (since or 0, limit))
+        rows = self.rows(f"{sql} ORDER BY seq LIMIT ?", (since or 0, limit))
+        if since is not None and rows and rows[0][1] > since + 1:
+            detail = f"the log of changes begins at {rows[0][1]}"
+            raise Problem(410, detail, oldest=rows[0][1])
+        return rows
 
     def last_seq(self) -> int:
         """The seq of the newest change; 0 where there is none yet."""
