@@ -1818,7 +1818,7 @@ memory = userapi.Store(":memory:")
 for one in (store, memory):
     one.create_users([{"name": "Before", "mail": "b@x"}])
 del gone
-before = set(store._pool)
+before, store.patience = set(store._pool), 0.1
 store._writing.acquire()  # as a thread has it that is about to write
 child = os.fork()
 if not child:
@@ -1834,18 +1834,59 @@ assert memory.count_users() == 1
 """
 
 
+FORK_AND_CLOSE = """
+import os, sys, userapi
+store = userapi.Store(sys.argv[1])
+store.create_users([{"name": "Before", "mail": "b@x"}])
+wrote, closed = os.pipe(), os.pipe()
+child = os.fork()
+if not child:
+    for name in ("First", "Second"):
+        store.create_users([{"name": name, "mail": "c@x"}])
+        os.write(wrote[1], b".")
+        os.read(closed[0], 1)
+    os._exit(0)  # as a child of multiprocessing ends
+for _ in range(2):
+    os.read(wrote[0], 1)
+    store.close()
+    os.write(closed[1], b".")
+assert os.waitpid(child, 0)[1] == 0
+with store.transaction():
+    [mine] = store.create_users([{"name": "Mine", "mail": "m@x"}])
+    child = os.fork()
+    if not child:
+        os._exit(bool(list(store.find_users(name="Mine"))))
+    assert os.waitpid(child, 0)[1] == 0
+    store.delete_users([mine["id"]])
+print([user["name"] for user in store.find_users()][-3:], store.check())
+"""
+
+
+@of_files("the locks on it")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
+def test_what_a_child_wrote_stays_when_its_parent_closes_the_database(db):
+    """Else its log would be deleted under it."""
+    out = run_script(FORK_AND_CLOSE, db)
+    wanted = "['Before', 'First', 'Second'] []\n"
+    assert (out.returncode, out.stdout) == (0, wanted), out.stderr
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
 def test_a_store_goes_on_in_both_processes_after_a_fork(db):
+    out = run_script(FORK, db)
+    wanted = "['Before', 'Child', 'Parent'] []\n"
+    assert (out.returncode, out.stdout) == (0, wanted), out.stderr
+
+
+def run_script(script: str, db: Any) -> Any:
     paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    out = subprocess.run(
-        [sys.executable, "-c", FORK, str(db)],
+    return subprocess.run(
+        [sys.executable, "-c", script, str(db)],
         capture_output=True,
         timeout=60,
         env={**os.environ, "PYTHONPATH": paths},
         text=True,
     )
-    wanted = "['Before', 'Child', 'Parent'] []\n"
-    assert (out.returncode, out.stdout) == (0, wanted), out.stderr
 
 
 def test_a_store_needs_no_fork(connect, monkeypatch):

@@ -1328,10 +1328,14 @@ class Database:
         self._writing = threading.Lock()  # by one thread at a time
         self._scope = Scope()
         self._pool: list[sqlite3.Connection] = []  # that nobody uses
+        self._used: set[sqlite3.Connection] = set()  # by some thread
         self._left: list[Any] = []  # of the parent process, after a fork
-        if hasattr(os, "register_at_fork"):
+        self._held = False  # while this process forks
+        if hasattr(os, "register_at_fork") and not self.memory:
+            hooks = [Database._rest, Database._go_on, Database._forget]
+            here = [functools.partial(at_fork, weakref.ref(self), do) for do in hooks]
             os.register_at_fork(
-                after_in_child=functools.partial(forget, weakref.ref(self))
+                before=here[0], after_in_parent=here[1], after_in_child=here[2]
             )
         self._turn = Transaction(self)
         self._soon: set[tuple[str, tuple[Any, ...]]] = set()
@@ -1533,17 +1537,49 @@ class Database:
         while self._pool:
             self._pool.pop().close()
 
+    # A fork, which what is in memory is copied by, and no connection may cross
+
+    def _rest(self) -> None:
+        """Before it: let other threads end what they do, and close what is open, or the
+        child's SQLite believes that it holds the locks of the parent, which it does not
+        inherit; another process would then delete the log that it writes to."""
+        own = self._scope.transaction
+        mine = {own.connection} if own and own.connection else set()
+        self._held = not mine and self._writing.acquire(timeout=self.patience)
+        until = time.monotonic() + self.patience
+        while self._used - mine and time.monotonic() < until:
+            time.sleep(0.001)
+        if self.disk.in_file:
+            self.close()
+
+    def _go_on(self) -> None:
+        """After it, in the parent."""
+        held, self._held = self._held, False
+        if held:
+            self._writing.release()
+
+    def _forget(self) -> None:
+        """After it, in the child: leave alone what is open all the same, as to close it
+        would drop the parent's locks, and what the parent writes."""
+        self._left += [self._pool, self._used]
+        self._pool, self._used, self._writing = [], set(), threading.Lock()
+        if own := self._scope.transaction:
+            own.connection, own.log, own.logged, own.changes = None, [], 0, []
+
     # Connections and transactions
 
     def _take(self) -> sqlite3.Connection:
         if self.memory:
             self._lock.acquire()
         try:
-            return self._pool.pop()
+            db = self._pool.pop()
         except IndexError:
-            return self._connect()
+            db = self._connect()
+        self._used.add(db)
+        return db
 
     def _give(self, db: sqlite3.Connection) -> None:
+        self._used.discard(db)
         self._pool.append(db)
         if self.memory:
             self._lock.release()
@@ -2255,13 +2291,9 @@ class Store(Database):
             self._give(source)
 
 
-def forget(store: weakref.ref[Database]) -> None:
-    """After a fork: leave the connections, none of which may cross it, alone; but what
-    is in memory, of which the child has its own copy, is nowhere else."""
-    found = store()
-    if found is not None and not found.memory:
-        found._left.append(found._pool)  # to close them would drop the parent's locks
-        found._pool, found._writing = [], threading.Lock()
+def at_fork(store: weakref.ref[Database], do: Callable[[Database], None]) -> None:
+    if (found := store()) is not None:
+        do(found)
 
 
 Change = tuple[Place, Item, Item]  # where an item stands, its row, and itself
