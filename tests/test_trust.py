@@ -60,9 +60,18 @@ class Server(Process):
 
     begun = []
 
-    def __init__(self, db, *flags, prefix=(), env=None, preexec=None, output=None):
+    def __init__(
+        self,
+        db,
+        *flags,
+        program=(USERAPI,),
+        prefix=(),
+        env=None,
+        preexec=None,
+        output=None,
+    ):
         self.db = Path(db)
-        argv = [USERAPI, "serve", "--db", db, "--port", "0", "--log", "off", *flags]
+        argv = [*program, "serve", "--db", db, "--port", "0", "--log", "off", *flags]
         Server.begun.append(self)
         super().__init__(
             output or f"{db}.output", argv, prefix, env, preexec_fn=preexec
@@ -736,6 +745,17 @@ def test_a_start_on_a_full_disk(disk):
 # ---------------------------------------------------------------------------------
 
 
+#: a server whose one thread commits, however slow the disk: strace counts the calls of
+#: each thread for itself
+IN_LOOP = f"""
+import sys
+sys.path.insert(0, {str(USERAPI.parent)!r})
+import userapi
+userapi.SLOW_SYNC = 60
+sys.exit(userapi.main())
+"""
+
+
 def failing(calls, when):
     """A prefix that has the system calls fail: `when` is a number, and a step."""
     inject = f"inject={calls}:error=EIO:when={when}"
@@ -798,7 +818,8 @@ def test_a_disk_that_fails_is_never_a_success(tmp_path, calls, when, step, end):
         write_and_read(server, writer, 10)
     for later in itertools.count(when, 20):
         try:
-            server = Server(path, prefix=failing(calls, f"{later}+{step}"))
+            failures = failing(calls, f"{later}+{step}")
+            server = Server(path, program=["-c", IN_LOOP], prefix=failures)
             break
         except AssertionError as fault:  # the disk failed at the start already
             assert re.search(r"did not start: userapi: [^\n]+\n", str(fault)), fault
