@@ -1811,6 +1811,27 @@ def test_a_group_that_cannot_begin_is_refused_and_the_next_one_is_not(client):
     assert len(client.users()) == 5, "closed twice, it stays usable"
 
 
+NOISE = (
+    "CREATE TABLE noise AS WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL"
+    " SELECT i + 1 FROM n LIMIT 5000) SELECT randomblob(4000) FROM n"
+)
+
+
+@of_files("its log")
+def test_a_log_that_others_keep_long_is_emptied_by_the_next_write(client, monkeypatch):
+    """Two processes that write without a pause keep it so, as if they were readers."""
+    monkeypatch.setattr(userapi, "LONG", 1 << 20)
+    log = Path(f"{client.db}-wal")
+    with contextlib.closing(another(client.db)) as reader:
+        reader.execute("BEGIN")
+        assert list(reader.execute("SELECT 1 FROM users"))
+        run_sql(client.db, NOISE)
+        assert client("PATCH /api/user/1", {"item": {"name": "A"}}).status_int == 200
+        assert log.stat().st_size > 16 << 20
+    assert client("PATCH /api/user/1", {"item": {"name": "B"}}).status_int == 200
+    assert log.stat().st_size == 0
+
+
 FORK = """
 import os, sys, userapi
 store, gone = userapi.Store(sys.argv[1]), userapi.Store(":memory:")

@@ -754,6 +754,7 @@ def fold_all(values: Sequence[str]) -> Iterator[str]:
 
 LOW = 8 << 20  # bytes free on the disk from which on each write is looked at
 PLENTY = 1 << 30  # bytes from which on the log's size is not looked at
+LONG = 64 << 20  # bytes of the log from which on a commit sees to it
 SPARE = 1 << 20  # bytes of them that new pages never get: the log's
 APPLICATION_ID = 0x75736572  # "user", in the file's header
 QUICK_CHECK = 32 << 20  # bytes up to which a database is checked when it is opened
@@ -1286,14 +1287,24 @@ class Disk:
         return sizes
 
     def make_room(self, db: sqlite3.Connection, room: int = 0) -> None:
-        """Where little room is left, give back what the log takes of it. It is looked
-        up unless there was plenty just now."""
+        """Give back what the log takes, where little room is left (which is looked up
+        unless there was plenty just now), or where the log, as processes write without
+        a pause, is never all in the file, and would grow and grow."""
         if room < PLENTY:
             room = self.room()
         self.low = room < LOW
-        if room < PLENTY and room < 8 * self.sizes().get("wal", 0):
-            with contextlib.suppress(sqlite3.Error):
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        with contextlib.suppress(OSError, sqlite3.Error):  # there may be no log
+            if os.stat(self.path + "-wal").st_size > min(LONG, max(room, 0) // 8):
+                self.empty_log(db)
+
+    def empty_log(self, db: sqlite3.Connection) -> None:
+        """Take the log into the file, and let nobody write until it is all there;
+        unless a reader of an old state is in the way, who would be waited for."""
+        ((_, pages, done),) = db.execute("PRAGMA wal_checkpoint")
+        if pages - done < 4000:
+            db.execute("PRAGMA busy_timeout = 300")
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            db.execute("PRAGMA busy_timeout = 0")
 
 
 class Database:
@@ -1616,11 +1627,8 @@ class Database:
         db = None
         try:
             db = self._take()
-            db.execute("PRAGMA busy_timeout = 0")
-            try:
-                self._begin_when_free(db, self.patience)
-            finally:
-                db.execute("PRAGMA busy_timeout = 5000")
+            db.execute(f"PRAGMA busy_timeout = {0 if self.wal else 5000}")
+            self._begin_when_free(db, self.patience)
         except BaseException:
             self._end_turn(db)
             raise
@@ -1669,6 +1677,7 @@ class Database:
 
     def _end_turn(self, db: sqlite3.Connection | None) -> None:
         if db:
+            db.execute("PRAGMA busy_timeout = 5000")
             self._give(db)
         self._writing.release()
 
