@@ -1339,7 +1339,7 @@ class Database:
         self._writing = threading.Lock()  # by one thread at a time
         self._scope = Scope()
         self._pool: list[sqlite3.Connection] = []  # that nobody uses
-        self._used: set[sqlite3.Connection] = set()  # by some thread
+        self._made: set[sqlite3.Connection] = set()  # and those that are in use
         self._left: list[Any] = []  # of the parent process, after a fork
         self._held = False  # while this process forks
         if hasattr(os, "register_at_fork") and not self.memory:
@@ -1359,7 +1359,8 @@ class Database:
         if self.disk.in_file:
             self._refuse_foreign()
         try:
-            self._pool.append(self._prepare())
+            self._made.add(db := self._prepare())
+            self._pool.append(db)
         except DATABASE_FAULTS as fault:
             raise database_problem(fault) from fault
         if not self.memory:
@@ -1546,7 +1547,8 @@ class Database:
     def close(self) -> None:
         """Close the connections that no thread uses; the store stays usable."""
         while self._pool:
-            self._pool.pop().close()
+            self._made.discard(db := self._pool.pop())
+            db.close()
 
     # A fork, which what is in memory is copied by, and no connection may cross
 
@@ -1558,7 +1560,7 @@ class Database:
         mine = {own.connection} if own and own.connection else set()
         self._held = not mine and self._writing.acquire(timeout=self.patience)
         until = time.monotonic() + self.patience
-        while self._used - mine and time.monotonic() < until:
+        while self._made.difference(self._pool, mine) and time.monotonic() < until:
             time.sleep(0.001)
         if self.disk.in_file:
             self.close()
@@ -1572,8 +1574,8 @@ class Database:
     def _forget(self) -> None:
         """After it, in the child: leave alone what is open all the same, as to close it
         would drop the parent's locks, and what the parent writes."""
-        self._left += [self._pool, self._used]
-        self._pool, self._used, self._writing = [], set(), threading.Lock()
+        self._left.append(self._made)
+        self._pool, self._made, self._writing = [], set(), threading.Lock()
         if own := self._scope.transaction:
             own.connection, own.log, own.logged, own.changes = None, [], 0, []
 
@@ -1583,14 +1585,12 @@ class Database:
         if self.memory:
             self._lock.acquire()
         try:
-            db = self._pool.pop()
+            return self._pool.pop()
         except IndexError:
-            db = self._connect()
-        self._used.add(db)
-        return db
+            self._made.add(db := self._connect())
+            return db
 
     def _give(self, db: sqlite3.Connection) -> None:
-        self._used.discard(db)
         self._pool.append(db)
         if self.memory:
             self._lock.release()
