@@ -1972,6 +1972,21 @@ def test_many_may_make_or_upgrade_a_database_at_once(
     assert opened == [len(FIRST_ROWS) * old] * (32 if lock else 1)
 
 
+@of_files("the file of the first application")
+@pytest.mark.parametrize("how", ["IMMEDIATE", "EXCLUSIVE", "DEFERRED"])
+def test_a_start_waits_for_the_first_application_to_end_what_it_does(first, how):
+    other = sqlite3.connect(first, isolation_level=None, check_same_thread=False)
+    with contextlib.closing(other):
+        other.execute(f"BEGIN {how}")
+        assert list(other.execute("SELECT 1 FROM users"))
+        timer = threading.Timer(0.2, other.execute, ["COMMIT"])
+        timer.start()
+        store = userapi.Store(str(first))
+        timer.join()
+    assert store.count_users() == len(FIRST_ROWS)
+    store.close()
+
+
 @of_files("what is written to it")
 def test_what_is_half_written_when_a_database_is_opened_is_no_damage(
     tmp_path, template

@@ -1307,6 +1307,20 @@ class Disk:
             db.execute("PRAGMA busy_timeout = 0")
 
 
+def run_when_free(db: sqlite3.Connection, sql: str, seconds: float) -> Any:
+    """Run a statement, or wait for another program to end. SQLite's own waiting is to
+    look again every 100 ms (without usleep, every second), which starves who waits for
+    others that write without a pause; and for some locks it does not wait at all."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return db.execute(sql)
+        except sqlite3.OperationalError as fault:
+            if "locked" not in str(fault) or time.monotonic() >= until:
+                raise
+        time.sleep(0.001)
+
+
 class Database:
     """A SQLite file: how it is opened, read, written to and kept.
 
@@ -1450,11 +1464,12 @@ class Database:
         db.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
         return db
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self, patience: float = 0) -> sqlite3.Connection:
         """A connection with the pragmas that DESIGN has reasons for."""
         db = self._open(self.mode)
         if not self.read_only and not self.memory:
-            (journal,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
+            switch = "PRAGMA journal_mode = WAL"
+            (journal,) = run_when_free(db, switch, patience).fetchone()
             self.wal = journal == "wal"
             db.execute(f"PRAGMA synchronous = {'FULL' if self.wal else 'EXTRA'}")
             db.execute("PRAGMA journal_size_limit = 16777216")
@@ -1474,7 +1489,7 @@ class Database:
         for self.mode in ("mode=rwc", "mode=ro", "immutable=1"):
             self.read_only = self.mode != "mode=rwc"
             try:
-                db = self._connect()
+                db = self._connect(self.patience)
                 if not self.read_only:
                     self._migrate(db)
                 else:
@@ -1628,26 +1643,12 @@ class Database:
         try:
             db = self._take()
             db.execute(f"PRAGMA busy_timeout = {0 if self.wal else 5000}")
-            self._begin_when_free(db, self.patience)
+            run_when_free(db, BEGIN, self.patience)
         except BaseException:
             self._end_turn(db)
             raise
         self._highest, tx.now = None, utc_now()
         return db
-
-    def _begin_when_free(self, db: sqlite3.Connection, seconds: float) -> None:
-        """Begin to write, or wait for another program to end; `db` itself has no
-        patience: SQLite's is to look again every 100 ms (without usleep, every second),
-        which starves who waits for others that write without a pause."""
-        until = time.monotonic() + seconds
-        while True:
-            try:
-                db.execute(BEGIN)
-                return
-            except sqlite3.OperationalError as fault:
-                if "locked" not in str(fault) or time.monotonic() >= until:
-                    raise
-            time.sleep(0.001)
 
     def _begin_part(self, db: sqlite3.Connection, tx: Transaction) -> None:
         turn = self._turn
@@ -1790,7 +1791,7 @@ class Database:
         if self.read_only:
             return True
         try:
-            self._begin_when_free(self._group, self.patience if wait else 0)
+            run_when_free(self._group, BEGIN, self.patience if wait else 0)
             self._highest, self._turn.now = None, utc_now()
             self._write_soon(self._group)
         except DATABASE_FAULTS as fault:
@@ -2717,7 +2718,7 @@ class PostgresStore(Store):
     def outage(self) -> Outage:
         return Outage()
 
-    def _connect(self) -> Any:
+    def _connect(self, patience: float = 0) -> Any:
         return Postgres(self.path, self.outage)
 
     def _insert_rows(self, db: Any, into: str, rows: list[tuple[Any, ...]]) -> None:
