@@ -1464,12 +1464,12 @@ class Database:
         db.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
         return db
 
-    def _connect(self, patience: float = 0) -> sqlite3.Connection:
+    def _connect(self) -> sqlite3.Connection:
         """A connection with the pragmas that DESIGN has reasons for."""
         db = self._open(self.mode)
         if not self.read_only and not self.memory:
             switch = "PRAGMA journal_mode = WAL"
-            (journal,) = run_when_free(db, switch, patience).fetchone()
+            (journal,) = run_when_free(db, switch, self.patience).fetchone()
             self.wal = journal == "wal"
             db.execute(f"PRAGMA synchronous = {'FULL' if self.wal else 'EXTRA'}")
             db.execute("PRAGMA journal_size_limit = 16777216")
@@ -1489,7 +1489,7 @@ class Database:
         for self.mode in ("mode=rwc", "mode=ro", "immutable=1"):
             self.read_only = self.mode != "mode=rwc"
             try:
-                db = self._connect(self.patience)
+                db = self._connect()
                 if not self.read_only:
                     self._migrate(db)
                 else:
@@ -2718,7 +2718,7 @@ class PostgresStore(Store):
     def outage(self) -> Outage:
         return Outage()
 
-    def _connect(self, patience: float = 0) -> Any:
+    def _connect(self) -> Any:
         return Postgres(self.path, self.outage)
 
     def _insert_rows(self, db: Any, into: str, rows: list[tuple[Any, ...]]) -> None:
