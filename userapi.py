@@ -1577,20 +1577,27 @@ class Database:
         until = time.monotonic() + self.patience
         while self._made.difference(self._pool, mine) and time.monotonic() < until:
             time.sleep(0.001)
-        if self.disk.in_file:
-            self.close()
+        if not self.disk.in_file:
+            return
+        self.close()
+        if self._group and self._is_in_turn() and not self._in_group:
+            self._group.close()
+            self._group = None
 
     def _go_on(self) -> None:
         """After it, in the parent."""
         held, self._held = self._held, False
         if held:
             self._writing.release()
+        if self._is_in_turn() and not self._group:
+            self.open_group()
 
     def _forget(self) -> None:
         """After it, in the child: leave alone what is open all the same, as to close it
         would drop the parent's locks, and what the parent writes."""
-        self._left.append(self._made)
+        self._left += [self._made, self._group]
         self._pool, self._made, self._writing = [], set(), threading.Lock()
+        self._group, self._group_thread = None, 0
         if own := self._scope.transaction:
             own.connection, own.log, own.logged, own.changes = None, [], 0, []
 
@@ -1772,8 +1779,11 @@ class Database:
 
     def _own_group(self) -> sqlite3.Connection | None:
         """The group's connection, in the thread whose writes are parts of it."""
-        ours = self._in_group and self._group_thread == threading.get_ident()
-        return self._group if ours else None
+        return self._group if self._in_group and self._is_in_turn() else None
+
+    def _is_in_turn(self) -> bool:
+        """Whether this is the thread whose writes are grouped."""
+        return self._group_thread == threading.get_ident()
 
     def open_group(self) -> None:
         """From now on the transactions of this thread are parts of the group that is
@@ -1829,7 +1839,7 @@ class Database:
     def write_soon(self, sql: str, values: tuple[Any, ...]) -> None:
         """Write this with the next group, or at once where writes are not grouped."""
         self._soon.add((sql, values))
-        if self._group_thread != threading.get_ident() and not self.read_only:
+        if not self._is_in_turn() and not self.read_only:
             with contextlib.suppress(Problem), self.transaction() as tx:
                 self._write_soon(tx.writer())
 
