@@ -4963,7 +4963,9 @@ WIRE = [
     (f"GET /health HTTP/1.1|{AT}|GET /nothing HTTP/1.1|{AT}|", [200, 404]),
     (f"GET /health HTTP/1.1|{AT}Connection: close||" * 2, [200]),
     (f"GET /health HTTP/1.1|{AT}Connection: x , Close||" * 2, [200]),
+    (f"GET /health HTTP/1.1|{AT}Connection: x||" * 2, [200, 200]),
     (f"GET /health HTTP/1.0|{AT}|" * 2, [200]),
+    (f"GET /health HTTP/1.0|{AT}Connection: x||" * 2, [200]),
     (f"GET /health HTTP/1.0|{AT}Connection: keep-alive||" * 2, [200, 200]),
     ("GET /health HTTP/1.0||", [403]),
     (f"GET /api/user HTTP/1.0|{AT}|", [200]),
@@ -4985,6 +4987,7 @@ WIRE = [
     (f"GET  /health HTTP/1.1|{AT}|", [400]),
     (f"GET /health http/1.1|{AT}|", [400]),
     (f"GET /health HTTP/2.0|{AT}|", [505]),
+    (f"GET /health HTTP/1.2|{AT}|", [505]),
     (f"G@T /health HTTP/1.1|{AT}|", [400]),
     (f"get /health HTTP/1.1|{AT}|", [405]),
     (f"GET /health HTTP/1.1|{AT}X_Y: 1|X-A: 1|X-A: 2||", [200]),
@@ -5002,6 +5005,7 @@ WIRE = [
     (f"GET /{'a' * 9000} HTTP/1.1|{AT}|", [414]),
     (f"GET /{'a' * 9000}", [414]),
     (f"GET /health HTTP/1.1|{AT}X: {'a' * 17_000}||", [431]),
+    (f"GET /health HTTP/1.1|{AT}X: {'a' * 17_000}", [431]),
     (f"GET /health HTTP/1.1|{AT}" + "X: 1|" * 64 + "|", [431]),
     (f"GET /health HTTP/1.1|{AT}Content-Length: 0||", [200]),
     (f"{JSON_POST}Content-Length: 0||GET /health HTTP/1.1|{AT}|", [400, 200]),
@@ -5012,6 +5016,7 @@ WIRE = [
     (f"{JSON_POST}|", [411]),
     (f"{JSON_POST}Content-Length: x||", [400]),
     (f"{JSON_POST}Content-Length: +5||", [400]),
+    (f"{JSON_POST}Content-Length: \xb2||", [400]),
     (f"{JSON_POST}Content-Length: 5, 5||", [400]),
     (f"{JSON_POST}Content-Length: 5|Content-Length: 5||", [400]),
     (f"{JSON_POST}Content-Length: 9000000||", [413]),
@@ -5019,6 +5024,7 @@ WIRE = [
     (f"{JSON_POST}Transfer-Encoding: gzip||", [501]),
     (f"POST /api/user HTTP/1.0|{AT}Transfer-Encoding: chunked||", [400]),
     (f"{JSON_POST}Expect: 100-continue|Content-Length: {SIZE}||", [100]),
+    ("POST / HTTP/1.1|Host: evil.com|Expect: 100-continue|Content-Length: 5||", [403]),
     (f"{JSON_POST}Content-Length: {SIZE}||", []),
     (f"POST /api/user HTTP/1.0|{AT}Expect: 100-continue|Content-Length: 5||", []),
     (f"POST /nothing HTTP/1.0|{AT}Expect: more|Content-Length: 5||hello", [404]),
@@ -5029,6 +5035,7 @@ WIRE = [
     (f"{CHUNKED}{HALVES}no trailer||", [400]),
     (f"{CHUNKED}{HALVES}X: {'a' * 17_000}", [431]),
     (f"{CHUNKED}{SIZE:x}|{JSON_BODY}x|0||", [400]),
+    (f"{CHUNKED}{SIZE:x}|{JSON_BODY}xx0||", [400]),
     (f"{CHUNKED}0x5|hello|0||", [400]),
     (f"{CHUNKED}-5|hello|0||", [400]),
     (f"{CHUNKED}5 |hello|0||", [400]),
@@ -5125,18 +5132,22 @@ PIPELINED = (
     b"POST /b HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
     b"3;x=y\r\nabc\r\n00a\r\n0123456789\r\n0\r\nX: y\r\n\r\n"
     b"PUT /c HTTP/1.0\r\nContent-Length: 0\r\n\r\n"
+    b"POST /d HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"500\r\n" + b"d" * 0x500 + b"\r\n0\r\n\r\n"
 )
 ARE_READ = [
     ("GET", "/a", None),
     ("POST", "/a", b"12345"),
     ("POST", "/b", b"abc0123456789"),
     ("PUT", "/c", None),
+    ("POST", "/d", b"d" * 0x500),
 ]
 
 
 @REPEATABLE
 @given(st.sets(st.integers(1, len(PIPELINED) - 1)))
 @example(set(range(1, len(PIPELINED))))
+@example({len(PIPELINED) - 4})  # in the line of a chunk, far into what has arrived
 def test_requests_are_the_same_however_they_arrive(scratch, cuts):
     parser = userapi.Parser(userapi.Server(scratch.app), "127.0.0.1")
     found = []
@@ -5148,6 +5159,45 @@ def test_requests_are_the_same_however_they_arrive(scratch, cuts):
                 (environ["REQUEST_METHOD"], environ["PATH_INFO"], body or None)
             )
     assert found == ARE_READ and parser.is_idle()
+
+
+def begin(scratch: Any, sent: str) -> userapi.Parser:
+    """A parser that has read what was sent, with | for CR LF."""
+    parser = userapi.Parser(userapi.Server(scratch.app), "127.0.0.1")
+    parser.buffer = sent.replace("|", "\r\n").encode()
+    while parser.next_request():
+        pass
+    return parser
+
+
+@pytest.mark.parametrize("left", range(1, 5))
+def test_trailers_just_within_the_limit(scratch, left):
+    trailers = f"X: {'a' * (scratch.app.settings.max_head - 5)}|"
+    sent = f"{CHUNKED}0|{trailers}|".replace("|", "\r\n")
+    parser = begin(scratch, sent[:-left])
+    parser.buffer += sent[-left:].encode()
+    assert parser.next_request()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_who_has_begun_to_send_is_not_invited(scratch, begun):
+    head = f"{JSON_POST}Expect: 100-continue|Content-Length: 5||"
+    assert begin(scratch, head + "x" * begun).invites is not begun
+
+
+#: (what has arrived; for how many seconds the rest is waited for).
+WAITS = [
+    ("GET /", 10),
+    (f"GET /health HTTP/1.1|{AT}|GET /", 10),
+    (f"{JSON_POST}Content-Length: 5||", 20),
+    (f"{JSON_POST}Content-Length: {4 << 20}||", 36),
+]
+
+
+@pytest.mark.parametrize("sent, seconds", WAITS)
+def test_how_long_the_rest_is_waited_for(scratch, sent, seconds):
+    left = begin(scratch, sent).deadline - time.monotonic()
+    assert seconds - 5 < left < seconds + 0.1
 
 
 @pytest.fixture(scope="module")
@@ -5785,8 +5835,11 @@ def test_the_access_log(db, monkeypatch, format_):
         fetch(url, "POST /api/user", {"item": GRACE})
         assert statuses(talk(url, b"nonsense\r\n\r\n")) == [400]
         fetch(url, "GET /api/user?access_token=sesame&limit=2")
+        large = f"PUT /api/user HTTP/1.1|{AT}Content-Length: 9000000||"
+        assert statuses(talk(url, large.replace("|", "\r\n").encode())) == [413]
     entries = log.getvalue().splitlines()
-    assert len(entries) == 4 and "sesame" not in log.getvalue()
+    assert len(entries) == 5 and "sesame" not in log.getvalue()
+    assert "PUT /api/user HTTP/1.1" in entries[4]
     assert "GET /api/user?access_token=" in entries[3] and "&limit=2" in entries[3]
     if format_ == "json":
         entry = json.loads(entries[0])

@@ -5175,7 +5175,6 @@ class Parser:
     def give_up(self) -> Environ:
         """What is known of the request under way, which is not read any further."""
         known, self.environ = self.environ or {}, None
-        self.release()
         environ = {"REQUEST_METHOD": "-", "SERVER_PROTOCOL": "HTTP/1.1"}
         return {**environ, **self.server.base, "REMOTE_ADDR": self.peer, **known}
 
@@ -5316,7 +5315,8 @@ class Parser:
     def read_trailers(self, buffer: bytes, start: int, line_end: int) -> int:
         """Where the request ends; `start`, its last chunk's, while it does not."""
         end = buffer.find(b"\r\n\r\n", line_end)
-        trailers = buffer[line_end + 2 : end + 2 if end >= 0 else None]
+        # of CR LF CR LF all but the last may be there
+        trailers = buffer[line_end + 2 : end + 2 if end >= 0 else -1]
         if len(trailers) > self.settings.max_head:
             raise Problem(431, "the trailers are over the limit")
         if end < 0:
