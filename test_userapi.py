@@ -1021,6 +1021,10 @@ TOLD = [
         body={"items": [GRACE, 5]}),
     Row("PUT /api/user", 404, (told("id is nobody's"), at("#/items/1/id")),
         body={"items": [{**GRACE, "id": 1}, {**GRACE, "id": 99}]}),
+    Row("POST /api/user", 422, at(*[f"#/items/{n}" for n in range(101)]),
+        body={"items": [5] * 101}),
+    Row("PUT /api/user", 422, (told("id stands twice"), at("#/items/1/id")),
+        body={"items": [{**GRACE, "id": 1}, {**GRACE, "id": 1}]}),
     Row("POST /api/user", 422, (told("2 faults"), at("#/items/0/id", "#/items/1/name")),
         body={"items": [{**GRACE, "id": 1}, {**GRACE, "name": ""}]}),
     Row("POST /api/user", 422, told("line 3 has 1 cells where the header has 2"),
@@ -1784,6 +1788,20 @@ def test_what_on_change_writes_is_committed_by_itself(client):
     store.close_group()
 
 
+def test_what_a_group_deleted_is_told_once_it_is_committed(client):
+    told = []
+    store = userapi.Store(client.db, on_change=lambda change: told.append(change["op"]))
+    store.open_group()
+    assert store.begin_group()
+    store.delete_users([1])
+    store.create_users([ADA])
+    store.commit_group()
+    assert told == []
+    store.announce_group()
+    assert told == ["delete", "create"]
+    store.close_group()
+
+
 def test_a_group_that_cannot_begin_is_refused_and_the_next_one_is_not(client):
     """Someone took the table away whose rows are written at its begin."""
     store = client.app.store
@@ -2247,7 +2265,7 @@ def made(db: Any) -> list[Any]:
 def test_many_new_users_leave_every_index(connect, db, monkeypatch, unique, name):
     """From a number on indexes and triggers are made last; with unique_mail never."""
     monkeypatch.setattr(userapi, "BATCH", 20)
-    monkeypatch.setattr(userapi, "MANY", 40)
+    monkeypatch.setattr(userapi.Store, "many", 40)
     client = connect(unique_mail=unique)
     before = made(db)
     rows = "name,mail\n" + "".join(f"{name},n{n}@x\n" for n in range(90))
@@ -2341,6 +2359,10 @@ def test_the_store_gives_and_takes_users(client):
     assert [user["id"] for user in store.find_users(q="ZOË")] == [2]
     assert [user["id"] for user in store.find_users(sort="-id", limit=2)] == [1337, 3]
     assert [user["id"] for user in store.find_users(limit=1)] == [1]
+    assert [user["id"] for user in store.find_users(ids=[3, 1337], limit=200)] == [
+        3,
+        1337,
+    ]
     (made,) = store.create_users([{**GRACE, "phone": [MOBILE]}])
     assert made == client("GET /api/v2/user/1338").json["results"][0]
     (put_,) = store.replace_users([{"id": 1338, **ADA}])
@@ -2381,6 +2403,7 @@ STORE_REFUSALS = [
     (lambda store: store.find_users(limit=2**63), 400),
     (lambda store: store.find_users(sort="--id"), 400),
     (lambda store: store.find_users(ids=1), 400),
+    (lambda store: store.find_users(after=(1,)), 400),
     (lambda store: store.find_users(ids=[2**63]), 400),
     (lambda store: store.get_user("1"), 404),
     (lambda store: store.get_user(-(2**63) - 1), 404),
@@ -2605,6 +2628,7 @@ MANY = [
         {"id": 3, **ADA}),
     many("PUT /api/user", 422, at("#/items/1/id"), ONE_PUT, ADA),
     many("PUT /api/user", 422, among(1), ONE_PUT, {"id": 1, **ADA}),
+    many("PUT /api/user", 422, among(1), {"id": 1337, **ADA}, {"id": 1337, **ADA}),
     many("PUT /api/user", 422, bad_items(0, 1), {"id": 1, **BAD},
         {"id": 2, "name": "A"}),
     many("PUT /api/user", 404, bad_items(1, 2), ONE_PUT, {"id": 98, **ADA},
@@ -2739,8 +2763,6 @@ def sub_rows(sort: str, seeded: Any, item: Any, key: str) -> list[Row]:
              {"id": 2, "label": 5}),
         many(f"PATCH {line}", 422, at("#/items/0/id", "#/items/1/id"),
              {"label": "x"}, {"id": 0, "label": "x"}),
-        many(f"POST {line}", 409, told("1000 are the most that a user has"),
-             *[item] * 1000),
         one(f"PATCH {first}", 422, at("#/item/id"), id=2),
         Row(f"PATCH {first}", 422, at("#/item"), body={"item": 5}),
         one(f"PATCH {first}", 200, done(labelled), label="x"),
@@ -3250,6 +3272,15 @@ def test_the_number_after_the_last_is_a_409(client, kind_, item):
     assert client(line, {"item": {"id": 2, **item}}).status_int == 201
 
 
+def test_a_user_has_a_thousand_phones_at_most(client):
+    client("PATCH /api/v2/user/1", {"item": {"phone": [MOBILE] * 999}})
+    assert client("POST /api/user/1/phone", {"item": MOBILE}).status_int == 201
+    items = [{"id": 1, "label": "x"}]
+    assert client("PATCH /api/user/1/phone", {"items": items}).status_int == 200
+    refused = client("POST /api/user/1/phone", {"item": MOBILE})
+    check(refused, Row("", 409, told("1000 are the most that a user has")))
+
+
 @pytest.mark.parametrize("kind_, item", [("phone", MOBILE), ("address", OFFICE)])
 def test_writing_a_sub_resource_is_a_version_of_its_user(client, kind_, item):
     line = f"/api/user/3/{kind_}"
@@ -3266,8 +3297,10 @@ def test_writing_a_sub_resource_is_a_version_of_its_user(client, kind_, item):
         last = client.changes()[-1]["seq"]
         fresh = {"If-Match": f'"{1 + number}"'}
         assert client(request, body, {"If-Match": '"77"'}).status_int == 412
-        assert client(request, body, fresh).status_int in (200, 201), request
+        answer = client(request, body, fresh)
+        assert answer.status_int in (200, 201), request
         assert client.etag(3) == f'"{2 + number}"'
+        assert not body or answer.headers["ETag"] == client.etag(3)
         (change,) = client.changes(since=last)
         assert (change["op"], change["user"]) == ("update", 3)
         assert kind_ in change["fields"]
@@ -3334,6 +3367,11 @@ def test_pages_of_every_order(crowd, sort, limit):
     pages = walk(crowd, f"/api/v2/user?sort={sort}&limit={limit}")
     assert list(itertools.chain(*pages)) == whole
     assert all(len(page) == limit for page in pages[:-1])
+
+
+def test_a_page_has_no_more_than_its_limit_where_the_key_changes(crowd):
+    found = crowd.app.store.find_users(sort="name", after=("ada", 1), limit=7)
+    assert [user["name"].casefold() for user in found] == ["ada"] * 5 + ["strasse"] * 2
 
 
 def test_pages_keep_filters_fields_and_version(crowd):
@@ -3442,6 +3480,8 @@ ETAGS = [
     tagged("PUT /api/user/1", "If-Match", "1", (400, 412)),
     tagged("PUT /api/user/1", "If-Match", '"' + "9" * 5000 + '"', 412),
     tagged("PUT /api/user/99", "If-Match", '"1"', (404, 412)),
+    Row("PUT /api/user/1", 422, at("#/item/name", "#/item/mail"), body={"item": BAD},
+        headers={"If-Match": '"2"'}),
 ]  # fmt: skip
 
 
@@ -3776,6 +3816,16 @@ def test_a_log_that_is_cut_while_it_is_read_is_told_whole_or_is_a_410(connect):
     assert told[0] == 3, "a gap"
 
 
+def test_the_last_of_many_changes_of_one_request_are_kept(connect):
+    client = connect(keep_changes=3)
+    made = client("POST /api/v2/user", {"items": [GRACE] * 9}).json["results"]
+    items = [{"id": user["id"], "name": f"N{user['id']}"} for user in made]
+    assert client("PATCH /api/user", {"items": items}).status_int == 200
+    log = client("GET /api/changes").json["results"]
+    assert [change["user"] for change in log] == [user["id"] for user in made[-3:]]
+    assert [change["seq"] for change in log] == [20, 21, 22]
+
+
 # --- server-sent events
 
 
@@ -3975,6 +4025,7 @@ IMPORTS = [
     csv_in("id,name\n5,A\n", 422),
     csv_in("", (400, 422)),
     csv_in("id,name,mail\n5,A,a@b\n5,B,b@c\n", 422, among(3)),
+    csv_in("id,name,mail\n1338,A,a@b\n1338,B,b@c\n", 422, among(3)),
     csv_in("id,name,mail\n５,A,a@b\n", 422, lines(2)),
     csv_in("id,name,mail\n 5,A,a@b\n", 422, lines(2)),
     csv_in(b"id,name,mail\n5,\xe4,a@b\n", 400),
@@ -3984,6 +4035,7 @@ IMPORTS = [
     csv_in(CONFLICTS, MADE, counts(created=1, skipped=1), query="?conflict=skip"),
     csv_in(CONFLICTS, MADE, counts(created=1, replaced=1), query="?conflict=replace"),
     csv_in(CONFLICTS, MADE, counts(1, 1), query="?conflict=replace&dry_run=true"),
+    csv_in("id,name,mail\n1337,A,a@b\n", MADE, counts(0, 1), query="?conflict=replace"),
     csv_in(CONFLICTS, 409, lines(2), query="?dry_run=true"),
     csv_in(CONFLICTS, 400, "conflict", query="?conflict=maybe"),
     csv_in("id,name,mail\n1,,o@x\n", 422, lines(2), query="?conflict=skip"),
@@ -4248,7 +4300,7 @@ def test_an_import_of_columns_and_of_lines_are_the_same(client, tmp_path):
         + ",".join(str(user["id"]) for user in client.users()[:4])
     )
     for query in ("sort=name", "q=o\u0308", "q=%2B"):
-        line = f"GET /api/user?fields=name,mail&{query}"
+        line = f"GET /api/v2/user?fields=name,mail,phone,version&{query}"
         assert client(line).json == slow(line).json
     slow.close()
 
@@ -4874,10 +4926,21 @@ def test_on_change_is_called_after_the_commit(db):
     client = Client(db, on_change=lambda *change: seen.append(change))
     client("DELETE /api/user/99")
     client("DELETE /api/user/1?dry_run=true")
+    with pytest.raises(ZeroDivisionError), client.app.store.transaction():
+        client.app.store.delete_users([1])
+        1 / 0  # noqa: B018
     assert seen == []
     client("DELETE /api/user/1")
     assert len(seen) == 1
     client.close()
+
+
+def test_a_fault_of_on_change_undoes_nothing(db, capfd):
+    store = userapi.Store(str(db), on_change=lambda change: 1 / 0)
+    store.delete_users([1, 2])
+    assert [user["id"] for user in store.find_users()] == [3, 1337]
+    assert capfd.readouterr().err.count("ZeroDivisionError") == 2
+    store.close()
 
 
 # ------------------------------------------------------------------------------------
@@ -6137,6 +6200,17 @@ def test_import_of_ndjson_and_export_are_lossless(command, client, db, tmp_path,
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_an_import_keeps_a_version_that_no_deleted_user_had(command, client, tmp_path):
+    client("DELETE /api/user?id=1,2")
+    path = tmp_path / "in.ndjson"
+    users = (
+        {"id": id, "version": version, **GRACE} for id, version in ((1, 9), (2, 1))
+    )
+    path.write_text("".join(json.dumps(user) + "\n" for user in users))
+    assert command("import", path)[0] == 0
+    assert [client.etag(1), client.etag(2)] == ['"9"', '"2"']
+
+
 FILES = {
     "users.csv": "name,mail\nA,a@b\n",
     "users.ndjson": json.dumps({"name": "A", "mail": "a@b"}),
@@ -6304,6 +6378,14 @@ def test_what_comes_out_of_it_does_not_replace_its_log(command, db, connect, arg
 
 @of_files("the copy of a file")
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has none")
+def test_of_what_is_not_written_to_its_end_nothing_is_left(db, tmp_path):
+    path = tmp_path / "out"
+    path.write_text("before")
+    with pytest.raises(ZeroDivisionError), userapi.whole_file(str(path), str(db)):
+        1 / 0  # noqa: B018
+    assert path.read_text() == "before" and not list(tmp_path.glob("*.part"))
+
+
 def test_a_backup_replaces_nothing_but_a_file(command, tmp_path):
     """Run by root with /dev/null, it would take that from the whole machine."""
     os.mkfifo(tmp_path / "pipe")
