@@ -1363,6 +1363,12 @@ def test_the_first_application_still_writes_to_it(connect, first):
     assert connect(first)("GET /api/user/1339").json["results"][0]["name"] == "Ada"
 
 
+@of_files("the file of the first application")
+def test_text_of_the_first_application_that_is_none_is_taken_over(connect, first):
+    run_sql(first, "UPDATE users SET user_name = CAST(x'41ff42' AS TEXT)")
+    assert {user["name"] for user in connect(first).users()} == {"A\ufffdB"}
+
+
 def test_opening_again_changes_nothing(connect, first):
     connect(first).close()
     before = run_sql(first, "SELECT * FROM users"), run_sql(first, SCHEMA)
@@ -1600,6 +1606,7 @@ PRAGMAS.update(busy_timeout=5000, foreign_keys=1, trusted_schema=0)
 @of_files("its pragmas")
 @pytest.mark.parametrize("name, value", PRAGMAS.items())
 def test_sqlite_is_told_to_be_careful(client, name, value):
+    client("DELETE /api/user/1")
     assert client.app.store.rows(f"PRAGMA {name}") == [(value,)]
 
 
@@ -1793,12 +1800,13 @@ def test_what_a_group_deleted_is_told_once_it_is_committed(client):
     store = userapi.Store(client.db, on_change=lambda change: told.append(change["op"]))
     store.open_group()
     assert store.begin_group()
+    store.create_users([ADA])
     store.delete_users([1])
     store.create_users([ADA])
     store.commit_group()
     assert told == []
     store.announce_group()
-    assert told == ["delete", "create"]
+    assert told == ["create", "delete", "create"]
     store.close_group()
 
 
@@ -2040,6 +2048,14 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def page_gone(path: Path) -> None:
+    ((at_,),) = run_sql(
+        path, "SELECT rootpage FROM sqlite_master WHERE name = 'graves'"
+    )
+    whole = path.read_bytes()
+    path.write_bytes(whole[: (at_ - 1) * 4096] + bytes(4096) + whole[at_ * 4096 :])
+
+
 def header_gone(path: Path) -> None:
     path.write_bytes(b"\0" * 100 + path.read_bytes()[100:])
 
@@ -2065,6 +2081,12 @@ def folder(path: Path) -> None:
     path.mkdir()
 
 
+def users_of_another(path: Path) -> None:
+    path.unlink()
+    run_sql(path, FIRST_SCHEMA)
+    run_sql(path, "CREATE TABLE orders (id INTEGER PRIMARY KEY)")
+
+
 def half_of_ours(path: Path) -> None:
     run_sql(path, "DROP TABLE changes")
 
@@ -2076,7 +2098,7 @@ def foreign_mark(path: Path) -> None:
 
 
 BROKEN = [newer, text_file, cut, header_gone, foreign_tables, foreign_users]
-BROKEN += [foreign_mark, half_of_ours]
+BROKEN += [foreign_mark, half_of_ours, page_gone, users_of_another]
 BROKEN += [empty_beside_a_wal, folder]
 
 
@@ -4523,6 +4545,8 @@ def test_the_actor_is_the_tokens_name(connect, db, capfd):
     actors = [change["actor"] for change in client.changes()]
     assert actors == [None, None, None, None, "admin", "ada", "ada"]
     assert ada not in client("GET /api/changes").text
+    ((name, *_, used),) = client.app.store.tokens()
+    assert name == "ada" and used
 
 
 @of_files("its file")
@@ -6148,6 +6172,8 @@ def test_an_import_into_a_new_database_needs_no_log(tmp_path, capfd, open_elsewh
     assert run_sql(db, "PRAGMA journal_mode") == [("wal",)]
     assert [user["name"] for user in client.users()] == ["A", "B"]
     client.close()
+    assert main(["import", str(source), "--db", str(db)]) == 0
+    assert run_sql(db, "PRAGMA journal_mode") == [("wal",)], "it is no longer new"
 
 
 @of_files("it has a log of another kind")

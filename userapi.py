@@ -1550,7 +1550,7 @@ class Database:
     def do_without_log(self) -> None:
         """Until the store is closed, write what comes into a new database straight into
         its file, not into the write-ahead log first, and make its indexes last."""
-        if self.memory or self.rows("SELECT 1 FROM users LIMIT 1"):
+        if self.rows("SELECT 1 FROM users LIMIT 1"):
             return
         self.many = BATCH  # nobody reads it before it is filled
         db = self._take()
