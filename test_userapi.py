@@ -1365,6 +1365,7 @@ def test_the_first_application_still_writes_to_it(connect, first):
 
 @of_files("the file of the first application")
 def test_text_of_the_first_application_that_is_none_is_taken_over(connect, first):
+    run_sql(first, "ANALYZE")
     run_sql(first, "UPDATE users SET user_name = CAST(x'41ff42' AS TEXT)")
     assert {user["name"] for user in connect(first).users()} == {"A\ufffdB"}
 
@@ -1696,12 +1697,12 @@ NO_ROOM = (503, 507)  # SQLite before 3.35 does not always say what it lacked
 
 
 @contextlib.contextmanager
-def no_room():
-    """No file of this process gets past a kilobyte, as on a disk that is full."""
+def no_room(size: int = 1024):
+    """No file of this process gets past a size, as on a disk that is full."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         yield
     finally:
@@ -1720,6 +1721,51 @@ def test_a_commit_that_fails_leaves_nothing(client):
         assert client("GET /api/user/1").status_int == 200
     assert snapshot(client) == before
     assert client("DELETE /api/user/1").status_int == 200
+
+
+@of_files("the room on its disk")
+def test_what_is_new_needs_its_room_twice_and_the_log_gives_its_own_back(db):
+    """A third of a small disk is spared."""
+    disk, log = userapi.Disk(str(db)), Path(f"{db}-wal")
+    size = disk.size()
+    with contextlib.closing(another(db)) as other:
+        other.execute("BEGIN")
+        other.execute("CREATE TABLE new AS SELECT zeroblob(200000) AS x")
+        ((pages,),) = other.execute("PRAGMA page_count")
+        room = 2 * (pages * 4096 - size)
+        assert room > 400_000
+        with no_room((size + room) * 3 // 2):
+            assert disk.require_room(other, frees=False) == disk.room() == room
+        with no_room((size + room) * 3 // 2 - 2):
+            with pytest.raises(Problem) as refused:
+                disk.require_room(other, frees=False)
+            assert refused.value.status == 507
+            assert disk.require_room(other, frees=True) == room - 1
+        other.execute("COMMIT")
+        disk.make_room(other)
+        assert not disk.low and log.stat().st_size > 200_000
+        with no_room(size + (12 << 20)):
+            assert disk.require_room(other, frees=False) == 11 << 20
+            disk.make_room(other)
+            assert not disk.low and log.stat().st_size > 200_000
+        with no_room(size + (2 << 20)):
+            disk.make_room(other)
+        assert disk.low and log.stat().st_size == 0
+
+
+@of_files("the room on its disk")
+def test_where_little_room_is_left_each_write_of_a_group_is_asked_by_itself(client):
+    store, size = client.app.store, os.path.getsize(client.db)
+    large = {"items": [{**GRACE, "name": "N" * 200}] * 200}
+    with no_room((size + 50_000) * 3 // 2):
+        assert client("DELETE /api/user/2").status_int == 200 and store.disk.low
+        store.open_group()
+        assert store.begin_group()
+        assert client("POST /api/user", large).status_int == 507
+        assert client("DELETE /api/user/1").status_int == 200
+        store.commit_group()
+        store.close_group()
+    assert [user["id"] for user in client.users()] == [3, 1337]
 
 
 @of_files("the room on its disk")
@@ -1858,6 +1904,20 @@ def test_a_log_that_others_keep_long_is_emptied_by_the_next_write(client, monkey
     assert log.stat().st_size == 0
 
 
+@of_files("its lock")
+def test_a_group_that_waits_in_vain_is_refused(client):
+    store = client.app.store
+    store.patience = 0.01
+    store.open_group()
+    with contextlib.closing(another(client.db)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert not store.begin_group() and store.begin_group(wait=True)
+        assert client("POST /api/user", {"item": GRACE}).status_int == 503
+        with pytest.raises(Problem):
+            store.commit_group()
+    store.close_group()
+
+
 FORK = """
 import os, sys, userapi
 store, gone = userapi.Store(sys.argv[1]), userapi.Store(":memory:")
@@ -1951,12 +2011,13 @@ def test_a_file_that_went_away_takes_no_more_writes(connect, tmp_path, template,
     folder.mkdir()
     db = database(folder / "users.db", template)
     client = connect(db)
-    assert client("PATCH /api/user/1", {"item": {"name": "A"}}).status_int == 200
-    db.unlink()
-    if gone == "folder":
+    if gone == "file":
+        assert client("PATCH /api/user/1", {"item": {"name": "A"}}).status_int == 200
+        db.unlink()
+    elif gone == "folder":
         shutil.rmtree(folder)
-    elif gone == "replaced":
-        shutil.copy(template, db)
+    else:
+        os.replace(database(folder / "new.db", template), db)
     assert client("POST /api/user", {"item": GRACE}).status_int == 503
     assert client("DELETE /api/user/1").status_int == 503
 
@@ -2132,9 +2193,13 @@ def test_a_file_in_a_folder_that_is_not_there_is_refused(tmp_path):
 
 
 @of_files("its file")
-def test_an_empty_file_is_a_new_database(connect, tmp_path):
+@pytest.mark.parametrize("emptied", [False, True])
+def test_an_empty_file_is_a_new_database(connect, tmp_path, emptied):
     path = tmp_path / "new.db"
     path.touch()
+    if emptied:
+        run_sql(path, "CREATE TABLE t (id INTEGER PRIMARY KEY AUTOINCREMENT)")
+        run_sql(path, "DROP TABLE t")
     client = connect(path)
     assert client("GET /api/user").json == {"results": []}
     assert client("POST /api/user", {"item": GRACE}).json["results"][0]["id"] == 1
