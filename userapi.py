@@ -344,7 +344,7 @@ DATABASE_PROBLEMS = (
     ("unable to open|25P0[34]", 503, "the database cannot be opened"),
     ("no such column", 503, "the database is of an old version and read-only"),
     ("42P01|XX00.", 503, "the database is damaged"),
-    ("mail_fold|23505", 409, "mail is taken: another process has set unique_mail"),
+    ("failed: users.mail_fold|23505", 409, "mail is taken, as unique_mail is set"),
     ("cannot contain NUL", 422, "PostgreSQL keeps no text with U+0000 in it"),
 )
 #: what SQLite raises; the second where its own text is damaged
