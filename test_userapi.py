@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
 import csv
 import http.client
@@ -1602,6 +1603,7 @@ def test_another_programs_text_that_is_none_is_shown_all_the_same(client):
 #: What SQLite is told, so that what is acknowledged stays and a file cannot run code.
 PRAGMAS = {"journal_mode": "wal", "synchronous": 2, "journal_size_limit": 16 << 20}
 PRAGMAS.update(busy_timeout=5000, foreign_keys=1, trusted_schema=0)
+PRAGMAS["wal_autocheckpoint"] = 4000
 
 
 @of_files("its pragmas")
@@ -1758,14 +1760,14 @@ def test_where_little_room_is_left_each_write_of_a_group_is_asked_by_itself(clie
     store, size = client.app.store, os.path.getsize(client.db)
     large = {"items": [{**GRACE, "name": "N" * 200}] * 200}
     with no_room((size + 50_000) * 3 // 2):
-        assert client("DELETE /api/user/2").status_int == 200 and store.disk.low
         store.open_group()
-        assert store.begin_group()
+        assert store.disk.low and store.begin_group()
         assert client("POST /api/user", large).status_int == 507
         assert client("DELETE /api/user/1").status_int == 200
         store.commit_group()
         store.close_group()
-    assert [user["id"] for user in client.users()] == [3, 1337]
+    assert [user["id"] for user in client.users()] == [2, 3, 1337]
+    assert client("DELETE /api/user/2").status_int == 200 and not store.disk.low
 
 
 @of_files("the room on its disk")
@@ -1915,6 +1917,19 @@ def test_a_group_that_waits_in_vain_is_refused(client):
         assert client("POST /api/user", {"item": GRACE}).status_int == 503
         with pytest.raises(Problem):
             store.commit_group()
+    store.close_group()
+
+
+@of_files("its lock")
+def test_another_thread_is_no_part_of_the_group_that_is_under_way(client):
+    store = client.app.store
+    store.patience = 0.01
+    store.open_group()
+    assert store.begin_group()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client, "POST /api/user", {"item": GRACE}).result(60)
+    assert answer.status_int == 503
+    store.commit_group()
     store.close_group()
 
 
@@ -2128,7 +2143,8 @@ def foreign_tables(path: Path) -> None:
 
 def foreign_users(path: Path) -> None:
     path.unlink()
-    run_sql(path, "CREATE TABLE users (id INTEGER PRIMARY KEY, login TEXT, pw TEXT)")
+    key = "id INTEGER PRIMARY KEY AUTOINCREMENT"
+    run_sql(path, f"CREATE TABLE users ({key}, login TEXT, pw TEXT)")
     run_sql(path, "INSERT INTO users VALUES (1, 'root', 'x')")
 
 
@@ -2158,8 +2174,14 @@ def foreign_mark(path: Path) -> None:
     run_sql(path, "PRAGMA application_id = 5")
 
 
+def foreign_version(path: Path) -> None:
+    path.unlink()
+    run_sql(path, FIRST_SCHEMA)
+    run_sql(path, "PRAGMA user_version = 1")
+
+
 BROKEN = [newer, text_file, cut, header_gone, foreign_tables, foreign_users]
-BROKEN += [foreign_mark, half_of_ours, page_gone, users_of_another]
+BROKEN += [foreign_mark, foreign_version, half_of_ours, page_gone, users_of_another]
 BROKEN += [empty_beside_a_wal, folder]
 
 
@@ -2531,8 +2553,10 @@ def test_what_is_written_together_is_kept_together_or_not_at_all(client):
         store.create_users([BAD])
     assert len(client.users()) == 4
     with store.transaction():
+        assert store.count_users() == 4
         store.create_users([GRACE])
         store.create_users([ADA])
+        assert store.count_users() == 6
     assert len(client.users()) == 6
 
 
