@@ -1016,6 +1016,8 @@ TOLD = [
         body={"item": {**GRACE, "phone": None}}),
     Row("POST /api/v2/user", 422, (told("id stands twice"), at("#/item/phone/1/id")),
         body={"item": {**GRACE, "phone": TWICE}}),
+    Row("PUT /api/user/3/address/1", 422, (told("the item needs street or city"),
+        at("#/item")), body={"item": {"label": "x"}}),
     Row("PATCH /api/user/3", 422, told("id is not a whole number"),
         body={"item": {"id": None}}),
     Row("POST /api/user", 422, (told("the item is not an object"), at("#/items/1")),
@@ -2532,12 +2534,21 @@ def test_the_store_refuses_as_the_api_does(client, call_, status):
     assert snapshot(client) == before
 
 
+def test_the_store_tells_which_item_is_wrong(client):
+    with pytest.raises(Problem) as refused:
+        client.app.store.create_users([GRACE, BAD])
+    pointers = [error["pointer"] for error in refused.value.errors]
+    assert pointers == ["#/items/1/name", "#/items/1/mail"]
+
+
 def test_a_tokens_name_is_taken_once(client):
+    client.app.store.add_token("bob", "read-only")
     client.app.store.add_token("ada", "admin")
     with pytest.raises(Problem) as refused:
         client.app.store.add_token("ada", "read-only")
     assert refused.value.status == 409
-    assert [row[:2] for row in client.app.store.tokens()] == [("ada", "admin")]
+    named = [row[:2] for row in client.app.store.tokens()]
+    assert named == [("ada", "admin"), ("bob", "read-only")]
 
 
 def test_the_store_deletes_rows_of_a_user(client):
@@ -2865,7 +2876,7 @@ def sub_rows(sort: str, seeded: Any, item: Any, key: str) -> list[Row]:
         one(f"PUT {no_user}/1", 404, **item),
         many(f"PUT {line}", 200, done({"id": 1, **item}), {"id": 1, **item}),
         many(f"PUT {line}", 404, bad_items(1), {"id": 1, **item}, two),
-        many(f"PUT {line}", 422, at("#/items/0/id"), item),
+        many(f"PUT {line}", 422, (at("#/items/0/id"), told("id is required")), item),
         many(f"PUT {line}", 422, (at("#/items/1/id"), told("id stands twice")),
              {"id": 1, **item}, {"id": 1, **item}),
         many(f"PATCH {line}", 404, at("#/items/0/id", "#/items/2/id"),
@@ -5044,7 +5055,7 @@ def test_on_change_is_called_after_the_commit(db):
         1 / 0  # noqa: B018
     assert seen == []
     client("DELETE /api/user/1")
-    assert len(seen) == 1
+    assert seen == [(client.changes()[-1],)]
     client.close()
 
 
@@ -6469,6 +6480,15 @@ def test_backup_is_a_whole_copy(command, client, connect, tmp_path):
 
 
 @of_files("the copy of a file")
+def test_after_a_backup_the_store_is_written_to_as_before(client, tmp_path):
+    memory, told_ = userapi.Store(":memory:"), []
+    for store in (client.app.store, memory):
+        store.backup(str(tmp_path / "copy.db"), lambda *done: told_.append(done))
+        store.create_users([GRACE])
+    assert memory.count_users() == 1 and len(client.users()) == 5
+    assert told_ and all(done == total > 0 for done, total in told_)
+
+
 @pytest.mark.parametrize("end", ["-wal", "-journal"])
 def test_a_backup_goes_to_no_place_where_a_log_stands(command, tmp_path, end):
     """SQLite would take it for the copy's own."""

@@ -2514,8 +2514,7 @@ def show_change(row: Sequence[Any]) -> Item:
     return {**dict(zip(CHANGE, row)), "fields": json.loads(row[-1])}
 
 
-def batches(entries: Iterable[Any]) -> Iterator[list[Any]]:
-    entries = iter(entries)
+def batches(entries: Iterator[Any]) -> Iterator[list[Any]]:
     while batch := list(itertools.islice(entries, BATCH)):
         yield batch
 
