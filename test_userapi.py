@@ -805,13 +805,15 @@ FAULTS = [
     (fault_of_sqlite("no such column: version"), 503, "5"),
     (sqlite3.DatabaseError("database disk image is malformed"), 503, "60"),
     (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "its text is damaged"), 503, "60"),
+    (sqlite3.IntegrityError("UNIQUE constraint failed: users.mail_fold"), 409, ""),
 ]
 
 
 @pytest.mark.parametrize("fault, status, after", FAULTS, ids=repr)
 def test_a_fault_of_sqlite_is_told_without_its_text(fault, status, after):
     problem = userapi.database_problem(fault)
-    assert problem.status == status and problem.headers == [("Retry-After", after)]
+    assert problem.status == status
+    assert problem.headers == [("Retry-After", after)] * bool(after)
     assert str(fault) not in problem.detail
 
 
@@ -892,6 +894,10 @@ def test_name_is_kept(play, sent, kept):
 @pytest.mark.parametrize("sent", BAD_NAMES + NOT_TEXTS, ids=ascii)
 def test_name_is_refused(play, sent):
     play(post({"name": sent, "mail": "a@b"}, 422, at("#/item/name")))
+
+
+def test_a_name_is_as_long_as_it_is_in_nfc():
+    assert userapi.clean_name("\u03b1\u0313\u0300\u0345" * 200) == "\u1f82" * 200
 
 
 def test_a_name_of_very_many_marks_is_refused_at_once(client):
@@ -4237,6 +4243,16 @@ def test_times_of_an_import_are_kept_in_utc(client, sent, kept):
     assert parse_time(user["updated"]) == datetime.fromisoformat(kept)
 
 
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="no zone to set there")
+def test_a_time_in_utc_is_the_same_wherever_the_host_stands(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        kept = userapi.check_time("2024-02-29T12:00:00Z")
+    time.tzset()
+    assert kept == "2024-02-29T12:00:00.000Z"
+
+
 @pytest.mark.parametrize("sent", BAD_TIMES)
 def test_what_is_no_time_is_refused(play, sent):
     text = json.dumps({**GRACE, "updated": sent})
@@ -6485,6 +6501,7 @@ def test_after_a_backup_the_store_is_written_to_as_before(client, tmp_path):
     for store in (client.app.store, memory):
         store.backup(str(tmp_path / "copy.db"), lambda *done: told_.append(done))
         store.create_users([GRACE])
+        assert run_sql(tmp_path / "copy.db", "PRAGMA journal_mode") == [("delete",)]
     assert memory.count_users() == 1 and len(client.users()) == 5
     assert told_ and all(done == total > 0 for done, total in told_)
 

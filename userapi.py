@@ -464,7 +464,7 @@ def clean_name(value: str) -> str:
         if len(value) <= 800:  # more stay too many, and n marks take n² steps
             value = unicodedata.normalize("NFC", value)
         kinds = {character: unicodedata.category(character) for character in value}
-        if not {"Cc", "Cn", "Cs"}.isdisjoint(kinds.values()) or BIDI & kinds.keys():
+        if not {"Cc", "Cn"}.isdisjoint(kinds.values()) or BIDI & kinds.keys():
             raise ValueError("holds a character that no name has")
         if all(kind in HIDDEN or c in INVISIBLE for c, kind in kinds.items()):
             value = ""
