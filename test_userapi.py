@@ -2880,6 +2880,7 @@ def sub_rows(sort: str, seeded: Any, item: Any, key: str) -> list[Row]:
         one(f"PUT {first}", 422, label="x"),
         one(f"PUT {line}/2", 404, told(f"there is no {sort} 2"), **item),
         one(f"PUT {no_user}/1", 404, **item),
+        many(f"PUT {no_user}", 404, told("there is no user 99"), {"id": 1, **item}),
         many(f"PUT {line}", 200, done({"id": 1, **item}), {"id": 1, **item}),
         many(f"PUT {line}", 404, bad_items(1), {"id": 1, **item}, two),
         many(f"PUT {line}", 422, (at("#/items/0/id"), told("id is required")), item),
