@@ -1595,7 +1595,7 @@ class Database:
     def _forget(self) -> None:
         """After it, in the child: leave alone what is open all the same, as to close it
         would drop the parent's locks, and what the parent writes."""
-        self._left += [self._made, self._group]
+        self._left.extend((self._made, self._group))
         self._pool, self._made, self._writing = [], set(), threading.Lock()
         self._group, self._group_thread = None, 0
         if own := self._scope.transaction:
