@@ -5228,7 +5228,10 @@ WIRE = [
     (f"{JSON_POST}Transfer-Encoding: gzip||", [501]),
     (f"POST /api/user HTTP/1.0|{AT}Transfer-Encoding: chunked||", [400]),
     (f"{JSON_POST}Expect: 100-continue|Content-Length: {SIZE}||", [100]),
-    ("POST / HTTP/1.1|Host: evil.com|Expect: 100-continue|Content-Length: 5||", [403]),
+    (  # PostgreSQL may be slow to say who gets in: the body is read meanwhile
+        "POST / HTTP/1.1|Host: evil.com|Expect: 100-continue|Content-Length: 5||",
+        [100] if POSTGRESQL else [403],
+    ),
     (f"{JSON_POST}Content-Length: {SIZE}||", []),
     (f"POST /api/user HTTP/1.0|{AT}Expect: 100-continue|Content-Length: 5||", []),
     (f"POST /nothing HTTP/1.0|{AT}Expect: more|Content-Length: 5||hello", [404]),
