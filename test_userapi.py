@@ -3176,6 +3176,8 @@ FORMATS = [
         header("Link", lambda link: 'rel="next"' in link)),
     Row("GET /api/user?format=csv&id=1&fields=name", 200,
         as_text("name\r\nSimone Giertz\r\n")),
+    Row("GET /api/v2/user?format=csv&id=2&fields=id,phone", 200,
+        as_text("id,phone\r\n2,[]\r\n")),
     Row("GET /api/user?format=csv&id=99", 200, as_text("id,name,mail\r\n")),
     Row("GET /api/user?format=ndjson&id=99", 200, as_text("")),
     accepting("text/csv", 200, *CSV_ANSWER),
