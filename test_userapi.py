@@ -2901,7 +2901,7 @@ def sub_rows(sort: str, seeded: Any, item: Any, key: str) -> list[Row]:
         many(f"PATCH {line}", 200, done(labelled), {"id": 1, "label": "x"}),
         Row(f"DELETE {first}", 200, exactly(**SUCCESS)),
         Row(f"DELETE {line}/2", 404),
-        Row(f"DELETE {no_user}/1", 404),
+        Row(f"DELETE {no_user}/1", 404, told("there is no user 99")),
         Row(f"DELETE {line}?id=1", 200, exactly(**SUCCESS)),
         Row(f"DELETE {line}?id=1,2", 404, {"errors": [
             {"parameter": "id", "detail": f"there is no {sort} 2"}]}),
