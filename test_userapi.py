@@ -6299,7 +6299,8 @@ def test_an_import_into_a_new_database_needs_no_log(tmp_path, capfd, open_elsewh
 
 
 @of_files("it has a log of another kind")
-def test_nobody_opens_a_new_database_while_it_is_filled(tmp_path):
+def test_nobody_opens_a_new_database_while_it_is_filled(tmp_path, monkeypatch):
+    monkeypatch.setattr(userapi.Database, "patience", 0.1)
     db = str(tmp_path / "new.db")
     store = userapi.Store(db)
     store.do_without_log()
