@@ -1903,6 +1903,7 @@ NOISE = (
 def test_a_log_that_others_keep_long_is_emptied_by_the_next_write(client, monkeypatch):
     """Two processes that write without a pause keep it so, as if they were readers."""
     monkeypatch.setattr(userapi, "LONG", 1 << 20)
+    monkeypatch.setattr(userapi, "LOOK", 0)
     log = Path(f"{client.db}-wal")
     with contextlib.closing(another(client.db)) as reader:
         reader.execute("BEGIN")

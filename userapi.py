@@ -753,7 +753,8 @@ def fold_all(values: Sequence[str]) -> Iterator[str]:
 # ── Store ─────────────────────────────────────────────────────────────────────────
 
 LOW = 8 << 20  # bytes free on the disk from which on each write is looked at
-PLENTY = 1 << 30  # bytes from which on the log's size is not looked at
+PLENTY = 1 << 30  # bytes from which on the log's size is not looked at each time
+LOOK = 0.1  # seconds after which it is, as to ask takes a tenth of a small write
 LONG = 64 << 20  # bytes of the log from which on a commit sees to it
 SPARE = 1 << 20  # bytes of them that new pages never get: the log's
 APPLICATION_ID = 0x75736572  # "user", in the file's header
@@ -1193,6 +1194,7 @@ class Disk:
     """The room that a database's file, and the log beside it, have to grow in."""
 
     low = False  # little is left: look at each write
+    _short = 0.0  # when the log was last found to be so
     _identity: tuple[int, int] | None = None  # of the file that was opened
 
     def __init__(self, path: str) -> None:
@@ -1293,9 +1295,14 @@ class Disk:
         if room < PLENTY:
             room = self.room()
         self.low = room < LOW
+        now = time.monotonic()
+        if room >= PLENTY and now < self._short + LOOK:
+            return
         with contextlib.suppress(OSError, sqlite3.Error):  # there may be no log
             if os.stat(self.path + "-wal").st_size > min(LONG, max(room, 0) // 8):
                 self.empty_log(db)
+            else:
+                self._short = now
 
     def empty_log(self, db: sqlite3.Connection) -> None:
         """Take the log into the file, and let nobody write until it is all there;
@@ -1388,7 +1395,7 @@ class Database:
         locks that other connections of this process hold on the file (POSIX). But it
         takes no lock, and what it finds amid another's writing counts for nothing.
         """
-        until = time.monotonic() + 5
+        until = time.monotonic() + self.patience
         while True:
             before = self.disk.stamp()
             try:
