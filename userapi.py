@@ -5042,9 +5042,11 @@ def escaped(values: Item) -> Item:
 # ── Server ────────────────────────────────────────────────────────────────────────
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-REQUEST_LINE = re.compile(rf"({_TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
-#: a request target with a scheme and an authority, and what follows them
-ABSOLUTE = re.compile(r"https?://(?!$)([^/?]*)/?(.*)", re.IGNORECASE)
+#: method, authority (or None), path, query (or None) and version
+REQUEST_LINE = re.compile(
+    rf"({_TOKEN}) (?:(?i:https?)://([!\"$-.0->@-~]+))?([!\"$->@-~]*)(?:\?([!\"$-~]*))?"
+    r" HTTP/([0-9])\.([0-9])"
+)
 #: the whole header section: no folding, no control bytes, no space before a colon
 SECTION = re.compile(rf"(?:{_TOKEN}:[\t -~\x80-\xff]*\r\n)*".encode("latin-1"))
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?")
@@ -5106,21 +5108,25 @@ def without_secrets(uri: str) -> str:
     return SECRET.sub(r"\1…", uri) if "=" in uri else uri
 
 
-@functools.lru_cache(maxsize=1024)
-def parse_line(line: bytes) -> Environ:
-    """A request line as WSGI variables (RFC 9112 §3). Raises Problem 400, 505."""
+def parse_line(line: bytes, fields: Environ) -> Environ:
+    """The fields, and a request line (RFC 9112 §3) as WSGI variables, the path decoded,
+    as latin-1. Raises Problem 400, 505."""
     text = line.decode("latin-1")
     match = REQUEST_LINE.fullmatch(text)
     if not match:
         raise Problem(400, "the request line is malformed")
-    method, target, major, minor = match.groups()
+    method, authority, path, query, major, minor = match.groups()
     if major != "1" or minor not in "01":
         raise Problem(505, "speak HTTP/1.1")
-    path, query, authority = parse_target(method, target)
+    path = path or "/" * (authority is not None)
+    well = path[:1] == "/" or (method, path) == ("OPTIONS", "*")
+    well = well and not BAD_ESCAPE.search(path) and HOST.fullmatch(authority or "")
+    refuse_unless(well, "the request target")
     environ = {
+        **fields,
         "REQUEST_METHOD": method,
-        "PATH_INFO": path,
-        "QUERY_STRING": query,
+        "PATH_INFO": unquote_to_bytes(path).decode("latin-1"),
+        "QUERY_STRING": query or "",
         "SERVER_PROTOCOL": f"HTTP/1.{minor}",
         "userapi.request": without_secrets(text),
         "userapi.keep": minor == "1",  # the connection, if no field says otherwise
@@ -5128,19 +5134,6 @@ def parse_line(line: bytes) -> Environ:
     if authority is not None:
         environ["HTTP_HOST"] = authority
     return environ
-
-
-def parse_target(method: str, target: str) -> tuple[str, str, str | None]:
-    """Path (decoded, as latin-1), query and authority of a request target (RFC 9112
-    §3.2). Raises Problem 400."""
-    absolute = ABSOLUTE.fullmatch(target)
-    authority, given = (absolute[1], f"/{absolute[2]}") if absolute else (None, target)
-    path, _, query = given.partition("?")
-    well = given[:1] == "/" or target == "*" and method == "OPTIONS"
-    well = well and "#" not in target and not BAD_ESCAPE.search(path)
-    refuse_unless(well, "the request target")
-    refuse_unless(HOST.fullmatch(authority or ""), "Host")
-    return unquote_to_bytes(path).decode("latin-1"), query, authority
 
 
 class Parser:
@@ -5209,13 +5202,12 @@ class Parser:
             fields = parse_fields(section, settings.max_fields)
             self.fields = {**self.server.base, **fields, "REMOTE_ADDR": self.peer}
             self.section = section
-        short = len(line) < 256  # so that what is remembered is bounded in bytes
-        self.begin(parse_line(line) if short else parse_line.__wrapped__(line))
+        self.begin(parse_line(line, self.fields))
         return True
 
-    def begin(self, line: Environ) -> None:
-        """A head is whole: make its environment, and prepare for its body."""
-        environ, modern = {**self.fields, **line}, line["userapi.keep"]
+    def begin(self, environ: Environ) -> None:
+        """A head is whole: prepare for its body."""
+        modern = environ["userapi.keep"]
         if modern and "HTTP_HOST" not in self.fields:
             raise Problem(400, "Host is missing")
         if value := environ.get("HTTP_CONNECTION"):
