@@ -5293,19 +5293,20 @@ SECTIONS += [
     (f"{name}: a|{name.lower()}: a|", 400)
     for name in ("Host", "Content-Length", "Content-Type", "Authorization")
 ]
-#: (method, target; path, query and authority, or the status).
+#: (method, target; path, query and Host, which was h, or the status).
 TARGETS = [
-    ("GET", "/", ("/", "", None)),
-    ("GET", "/a?b?c=/d", ("/a", "b?c=/d", None)),
-    ("GET", "/a%2fb%C3%A4?%zz", ("/a/b\xc3\xa4", "%zz", None)),
-    ("GET", "//a/b", ("//a/b", "", None)),
-    ("OPTIONS", "*", ("*", "", None)),
+    ("GET", "/", ("/", "", "h")),
+    ("GET", "/a?b?c=/d", ("/a", "b?c=/d", "h")),
+    ("GET", "/a%2fb%C3%A4?%zz", ("/a/b\xc3\xa4", "%zz", "h")),
+    ("GET", "//a/b", ("//a/b", "", "h")),
+    ("OPTIONS", "*", ("*", "", "h")),
     ("GET", "http://a", ("/", "", "a")),
     ("GET", "HTTP://a:1/b/c?d/e", ("/b/c", "d/e", "a:1")),
     ("GET", "https://a?b=/c", ("/", "b=/c", "a")),
     ("GET", "*", 400),
     ("OPTIONS", "a", 400),
     ("GET", "http://", 400),
+    ("GET", "http:///a", 400),
     ("GET", "http:/a", 400),
     ("GET", "http://a@b/", 400),
     ("GET", "ftp://a/", 400),
@@ -5333,7 +5334,12 @@ def test_a_header_section(section, wanted):
 
 @pytest.mark.parametrize("method, target, wanted", TARGETS)
 def test_a_request_target(method, target, wanted):
-    assert what_is_read(userapi.parse_target, method, target) == wanted
+    line = f"{method} {target} HTTP/1.1".encode()
+    found = what_is_read(userapi.parse_line, line, {"HTTP_HOST": "h"})
+    if found != 400:
+        names = ("PATH_INFO", "QUERY_STRING", "HTTP_HOST")
+        found = tuple(found[name] for name in names)
+    assert found == wanted
 
 
 PIPELINED = (
