@@ -2091,7 +2091,7 @@ def test_a_start_waits_for_the_first_application_to_end_what_it_does(first, how)
     with contextlib.closing(other):
         other.execute(f"BEGIN {how}")
         assert list(other.execute("SELECT 1 FROM users"))
-        timer = threading.Timer(0.2, other.execute, ["COMMIT"])
+        timer = threading.Timer(0.1, other.execute, ["COMMIT"])
         timer.start()
         store = userapi.Store(str(first))
         timer.join()
@@ -2341,7 +2341,7 @@ def test_a_thousand_users_are_read_page_by_page_inside(connect, tmp_path):
 @of_files("its way of counting")
 @pytest.mark.parametrize("sort", ["name", "-mail", "created", "-updated"])
 def test_a_page_costs_the_same_at_any_depth_among_equals(tmp_path, sort):
-    """Of 5,000 users with one name, mail and time; counted in SQLite's own steps."""
+    """Of 2,000 users with one name, mail and time; counted in SQLite's own steps."""
     steps = [0]
 
     class Counting(userapi.Store):
@@ -2351,9 +2351,9 @@ def test_a_page_costs_the_same_at_any_depth_among_equals(tmp_path, sort):
             return db
 
     store = Counting(str(tmp_path / "users.db"))
-    store.create_users([{"name": "Ada", "mail": "ada@x"}] * 5000)
+    store.create_users([{"name": "Ada", "mail": "ada@x"}] * 2000)
     first = next(store.pages("user_id", userapi.Query(sort=sort, limit=20)))
-    place = userapi.place_of(first[-1])[0], 2500
+    place = userapi.place_of(first[-1])[0], 1000
     cost = []
     for after in (None, place):
         steps[0] = 0
@@ -6753,7 +6753,7 @@ def test_a_reader_that_has_gone_is_a_1_without_a_word(db, argv):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="closes no descriptors so")
-@pytest.mark.parametrize("closed", [(1,), (2,), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)], ids=str)
 def test_standard_output_and_error_may_be_closed(db, tmp_path, closed):
     """What has nothing to say is done, a server serves; what cannot be said is a 1."""
 
@@ -6765,16 +6765,16 @@ def test_standard_output_and_error_may_be_closed(db, tmp_path, closed):
         )
 
     target = tmp_path / "copy.csv"
-    done_ = [start("export", target), start("check"), start("--port", "x")]
-    assert [ended(process) for process in done_] == [0, int(1 in closed), 2]
-    assert target.read_bytes().decode() == CSV_TEXT
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
         told.bind(str(tmp_path / "notify"))
         told.settimeout(30)
-        process = start("--port", "0")
+        server = start("--port", "0")
+        done_ = [start("export", target), start("check"), start("--port", "x")]
+        assert [ended(process) for process in done_] == [0, int(1 in closed), 2]
+        assert target.read_bytes().decode() == CSV_TEXT
         assert told.recv(99) == b"READY=1"
-        process.terminate()
-        assert ended(process) == 0
+        server.terminate()
+        assert ended(server) == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM")

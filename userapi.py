@@ -3611,6 +3611,7 @@ def find_resources() -> dict[str, Resource]:
     return found
 
 
+@functools.lru_cache(maxsize=1)
 def build_router() -> bottle.Router:
     router = bottle.Router()
     router.add_filter("id", lambda _: ("0*[1-9][0-9]{0,15}", int, str))
