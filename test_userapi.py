@@ -30,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import unicodedata
 from datetime import datetime, timezone
 from pathlib import Path
@@ -1189,6 +1190,9 @@ JSON_TEXTS = [
     raw(nested(33)),
     raw(nested(100_000)),
     raw('{"item":' * 50_000),
+    raw(ITEM % (', "x": "' + "[" * 40 + '\\"[\\\\"'), 422, at("#/item/x")),
+    raw(ITEM % (', "x": ' + "[{}]," * 40 + "1")),
+    raw(ITEM % (', "x": [' + "[{}]," * 40 + "1]"), 422, at("#/item/x")),
     raw("[" * 1_000_000),
     raw(ITEM % (', "id": ' + "1" * 30), 422, at("#/item/id")),
     raw(ITEM % (', "id": ' + "1" * 31)),
@@ -1235,6 +1239,16 @@ JSON_TEXTS = [
 @scenarios(JSON_TEXTS)
 def test_json_is_strict(play, row):
     play(row)
+
+
+@pytest.mark.parametrize("character", ["a", "\\n", "[", '\\"'], ids=str)
+def test_a_long_string_takes_little_more_room_than_it_is_long(character):
+    data = ('["' + character * (1 << 20) + '"' + ", []" * 32 + "]").encode()
+    tracemalloc.start()
+    userapi.load_json(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * len(data)
 
 
 class NotStrict(ValueError):

@@ -3049,7 +3049,9 @@ DECODER = json.JSONDecoder(
     parse_float=read_float,
     parse_constant=read_float,
 )
-BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)
+STRINGS = re.compile(rb'"[^"]*"?')
+PARENTHESES = bytes.maketrans(b"[{]}", b"(())")
+OTHERS = bytes(set(range(256)).difference(b'[{]}"'))
 
 
 def load_json(data: bytes) -> Any:
@@ -3057,8 +3059,8 @@ def load_json(data: bytes) -> Any:
     number past a double, no lone surrogates, at most 32 deep. Raises ValueError."""
     try:
         source = data.decode()
-        if source.count("[") + source.count("{") > 32:
-            refuse_depth(source)
+        if data.count(b"[") + data.count(b"{") > 32:
+            refuse_depth(data)
         value = DECODER.decode(source)
         if "\\u" in source:
             to_json(value)
@@ -3069,11 +3071,14 @@ def load_json(data: bytes) -> Any:
     return value
 
 
-def refuse_depth(source: str) -> None:
-    """Raise ValueError where brackets outside of strings are nested deeper than 32."""
-    found = (match[0] for match in BRACKETS.finditer(source))
-    steps = ((bracket in "[{") - (bracket in "]}") for bracket in found)
-    if any(level > 32 for level in itertools.accumulate(steps)):
+def refuse_depth(data: bytes) -> None:
+    """Raise ValueError where brackets outside of strings are nested deeper than 32: to
+    take away the innermost pairs takes one level."""
+    left = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    left = STRINGS.sub(b"", left.translate(PARENTHESES, OTHERS))
+    for _ in range(32):
+        left = left.replace(b"()", b"")
+    if b"()" in left or left.count(b"(") > 32:
         raise ValueError("it is deeper than 32")
 
 
