@@ -3049,7 +3049,6 @@ DECODER = json.JSONDecoder(
     parse_float=read_float,
     parse_constant=read_float,
 )
-STRINGS = re.compile(rb'"[^"]*"?')
 PARENTHESES = bytes.maketrans(b"[{]}", b"(())")
 OTHERS = bytes(set(range(256)).difference(b'[{]}"'))
 
@@ -3075,7 +3074,8 @@ def refuse_depth(data: bytes) -> None:
     """Raise ValueError where brackets outside of strings are nested deeper than 32: to
     take away the innermost pairs takes one level."""
     left = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    left = STRINGS.sub(b"", left.translate(PARENTHESES, OTHERS))
+    left = left.translate(PARENTHESES, OTHERS).replace(b'""', b"")  # strings in one
+    left = b"".join(left.split(b'"')[::2])
     for _ in range(32):
         left = left.replace(b"()", b"")
     if b"()" in left or left.count(b"(") > 32:
@@ -3163,16 +3163,20 @@ def take_rows(reader: Any, most: int) -> list[Any]:
 def check_header(rows: list[Any]) -> list[str]:
     """The columns of a CSV header, the first of the rows: known ones, each once, all
     that are required. Raises Problem 422."""
-    faults: list[str] = [row for row in rows if isinstance(row, BadLine)]
-    header: list[str] = rows[0] if rows and not faults else []
+    broken: list[str] = [row for row in rows if isinstance(row, BadLine)]
+    header: list[str] = rows[0] if rows and not broken else []
     needed = [name for name in CSV_MEMBERS if USER.by_name[name].required]
-    faults += [f"{name} is no column" for name in header if name not in CSV_MEMBERS]
-    faults += [f"{name} stands twice" for name in CSV_MEMBERS if header.count(name) > 1]
-    faults += [f"{name} is missing" for name in needed if name not in header]
-    if faults:
-        first = faults[:IMPORT_FAULTS]
-        errors = [Place("#", 1).fault(None, fault) for fault in first]
-        raise Problem(422, "the CSV header is not valid", errors, total=len(faults))
+    faults = itertools.chain(  # one by one, as there may be millions
+        broken,
+        (f"{name} is no column" for name in header if name not in CSV_MEMBERS),
+        (f"{name} stands twice" for name in CSV_MEMBERS if header.count(name) > 1),
+        (f"{name} is missing" for name in needed if name not in header),
+    )
+    first = itertools.islice(faults, IMPORT_FAULTS)
+    errors = [Place("#", 1).fault(None, fault) for fault in first]
+    if errors:
+        total = len(errors) + sum(1 for _ in faults)
+        raise Problem(422, "the CSV header is not valid", errors, total=total)
     return header
 
 
