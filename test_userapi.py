@@ -5330,6 +5330,7 @@ TARGETS = [
     ("GET", "https://a?b=/c", ("/", "b=/c", "a")),
     ("GET", "*", 400),
     ("OPTIONS", "a", 400),
+    ("OPTIONS", "*?a", 400),
     ("GET", "http://", 400),
     ("GET", "http:///a", 400),
     ("GET", "http:/a", 400),

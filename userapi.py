@@ -5129,7 +5129,7 @@ def parse_line(line: bytes, fields: Environ) -> Environ:
     if major != "1" or minor not in "01":
         raise Problem(505, "speak HTTP/1.1")
     path = path or "/" * (authority is not None)
-    well = path[:1] == "/" or (method, path) == ("OPTIONS", "*")
+    well = path[:1] == "/" or (method, path, query) == ("OPTIONS", "*", None)
     well = well and not BAD_ESCAPE.search(path) and HOST.fullmatch(authority or "")
     refuse_unless(well, "the request target")
     environ = {
