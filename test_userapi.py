@@ -5368,6 +5368,30 @@ def test_a_request_target(method, target, wanted):
     assert found == wanted
 
 
+#: what each of them looks through, over and over if it is written badly.
+ENDLESS = """
+import userapi
+n = 200_000
+for text in ("?" * n, "?a" * n, "&token" * n, "?" + "a" * n):
+    userapi.without_secrets(text + "=")
+for text in ('"' * n, '"' + '\\\\"' * n, ";" * n, "; " * n, ";" + " " * n):
+    userapi.negotiate(text, ("a/b",))
+for text in ('"' * n, "," + " " * n, ',"' * n, "W/" * n):
+    userapi.has_tag(text, '"1"', weak=True)
+for text in (b"http://" + b"a" * n, b"/" + b"?" * n, b"/%" * n, b"a" * n, b" " * n):
+    for end in (b"", b" HTTP/1.1"):
+        try:
+            userapi.parse_line(b"GET " + text + end, {})
+        except userapi.Problem as problem:
+            assert problem.status == 400
+"""
+
+
+def test_nothing_in_a_head_takes_time_without_end():
+    """Of so many characters a step that looks at all of them again is never done."""
+    subprocess.run([sys.executable, "-c", ENDLESS], cwd=HERE, timeout=60, check=True)
+
+
 PIPELINED = (
     b"GET /a?b HTTP/1.1\r\nHost: h\r\n\r\n"
     b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\n12345"
@@ -6038,7 +6062,7 @@ def test_tls(db, tmp_path, monkeypatch):
     args += ["ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=localhost"]
     args += ["-addext", "subjectAltName=IP:127.0.0.1"]
     args += ["-keyout", str(key), "-out", str(cert)]
-    subprocess.run(args, capture_output=True, timeout=60, check=True)
+    subprocess.run(args, capture_output=True, timeout=20, check=True)
     with hosting(UserAPI(str(db), cert=str(cert), key=str(key))) as (_, url):
         assert url.startswith("https://")
         context = ssl.create_default_context(cafile=str(cert))

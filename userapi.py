@@ -3574,7 +3574,7 @@ LOCAL_HOST = re.compile(
 )
 PORT = re.compile(r"\.?(?::\d*)?$")
 HOP_PORT = re.compile(r"^(?:\[(.*)\](?::\d+)?|([^:]*):\d+)$")  # as Azure has it
-QUOTED = re.compile(r'"(?:\\.|[^"\\])*"')  # values of parameters other than q
+QUOTED = re.compile(r'"(?:\\.|[^"\\])*"?')  # values of parameters other than q
 BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
 LENGTH = re.compile("[0-9]{1,18}")
 POLICY = "default-src 'none'; frame-ancestors 'none'"
@@ -5054,8 +5054,8 @@ def escaped(values: Item) -> Item:
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 #: method, authority (or None), path, query (or None) and version
 REQUEST_LINE = re.compile(
-    rf"({_TOKEN}) (?:(?i:https?)://([!\"$-.0->@-~]+))?([!\"$->@-~]*)(?:\?([!\"$-~]*))?"
-    r" HTTP/([0-9])\.([0-9])"
+    rf"({_TOKEN}) (?:(?i:https?)://([!\"$-.0->@-~]+)(?=[/? ]))?"
+    r"([!\"$->@-~]*)(?:\?([!\"$-~]*))? HTTP/([0-9])\.([0-9])"
 )
 #: the whole header section: no folding, no control bytes, no space before a colon
 SECTION = re.compile(rf"(?:{_TOKEN}:[\t -~\x80-\xff]*\r\n)*".encode("latin-1"))
@@ -5063,7 +5063,7 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 FRAMING = re.compile(rb"(?im)^(?:content-length|transfer-encoding):")
 BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])")
 #: what a client may wrongly put into a URI, and no log is to have
-SECRET = re.compile(r"([?&][^=&\s]*(?:token|password)=)[^&\s]*", re.IGNORECASE)
+SECRET = re.compile(r"([?&][^?=&\s]*(?:token|password)=)[^&\s]*", re.IGNORECASE)
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 #: fields that tell of a body
 WITH_BODIES = frozenset(("HTTP_TRANSFER_ENCODING", "CONTENT_LENGTH", "HTTP_EXPECT"))
