@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import select
 import shutil
 import signal
@@ -1633,6 +1634,14 @@ def test_another_programs_text_that_is_none_is_shown_all_the_same(client):
     assert "2,A\ufffdB,zoe@example.org" in client("GET /api/user?format=csv").text
 
 
+@of_files("numbers are numbers elsewhere")
+def test_another_programs_numbers_that_are_none_make_no_list_unreadable(client):
+    run_sql(client.db, "INSERT INTO user_phone (user_id, id) VALUES (3, 'fax')")
+    run_sql(client.db, "UPDATE users SET version = 'none' WHERE user_id = 2")
+    shown = {user["id"]: user for user in client.users()}
+    assert shown[2]["version"] == 0 and len(shown[3]["phone"]) == 2
+
+
 #: What SQLite is told, so that what is acknowledged stays and a file cannot run code.
 PRAGMAS = {"journal_mode": "wal", "synchronous": 2, "journal_size_limit": 16 << 20}
 PRAGMAS.update(busy_timeout=5000, foreign_keys=1, trusted_schema=0)
@@ -2069,6 +2078,9 @@ def test_a_file_that_went_away_takes_no_more_writes(connect, tmp_path, template,
         os.replace(database(folder / "new.db", template), db)
     assert client("POST /api/user", {"item": GRACE}).status_int == 503
     assert client("DELETE /api/user/1").status_int == 503
+    client.close()
+    there = client("GET /api/user").status_int
+    assert (there, db.exists()) == ((200, True) if gone == "replaced" else (503, False))
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
@@ -2420,6 +2432,16 @@ def test_many_new_users_leave_every_index(connect, db, monkeypatch, unique, name
     assert len(client("GET /api/user?mail=n89@X").json["results"]) == 2 - unique
 
 
+@of_files("triggers of its own")
+def test_another_programs_trigger_sees_every_new_user(client, db, monkeypatch):
+    monkeypatch.setattr(userapi.Store, "many", 1000)
+    audit = "AFTER INSERT ON users BEGIN INSERT INTO seen VALUES (NEW.user_id); END"
+    run_sql(db, "CREATE TABLE seen (id)")
+    run_sql(db, f"CREATE TRIGGER users_seen {audit}")
+    client.app.store.create_users([GRACE] * 2500)
+    assert run_sql(db, "SELECT count(*) FROM seen") == [(2500,)]
+
+
 # --- unique mail
 
 
@@ -2601,6 +2623,110 @@ def test_what_is_written_together_is_kept_together_or_not_at_all(client):
         store.create_users([ADA])
         assert store.count_users() == 6
     assert len(client.users()) == 6
+
+
+PARTS_REFUSED = [
+    lambda store: store.create_users([*[GRACE] * userapi.BATCH, BAD]),
+    # whose addresses have been taken from them before the fault is found
+    lambda store: store.merge_users([{"id": n, "mail": "one@x.org"} for n in (1, 2)]),
+    lambda store: store.delete_users([1, 99]),
+]
+
+
+@pytest.mark.parametrize("refused", PARTS_REFUSED)
+def test_a_part_that_is_refused_leaves_nothing_in_the_whole(connect, refused):
+    store = connect(unique_mail=True).app.store
+    before = list(store.find_users())
+    with store.transaction(actor="host"):
+        store.create_users([ADA])
+        with pytest.raises(Problem):
+            refused(store)
+        store.create_users([{**ADA, "mail": "other@x.org"}], actor="bob")
+        store.delete_users([3])
+    assert [user["id"] for user in store.find_users(mail=SIMONE["mail"])] == [1]
+    after = [user["id"] for user in store.find_users()]
+    assert after == [*(user["id"] for user in before if user["id"] != 3), 1338, 1339]
+    log = [json.loads(change) for change, _ in store.changes(None, 99)][-3:]
+    told_ = [(row["op"], row["user"], row["actor"]) for row in log]
+    assert told_ == [
+        ("create", 1338, "host"),
+        ("create", 1339, "bob"),
+        ("delete", 3, "host"),
+    ]
+
+
+def test_an_import_that_is_refused_within_a_whole_leaves_every_index(db, monkeypatch):
+    monkeypatch.setattr(userapi.Store, "many", 1000)
+    store, before = userapi.Store(str(db)), made(db)
+    with store.transaction(), contextlib.suppress(Problem):
+        store.create_users([*[GRACE] * 2500, BAD])
+    assert made(db) == before and store.count_users() == 4
+
+
+def test_a_dry_run_within_a_whole_keeps_nothing(client):
+    """As where the application is called by what has begun a transaction of its own."""
+    store = client.app.store
+    with store.transaction():
+        answer = client("POST /api/user?dry_run=true", {"item": GRACE})
+        with store.transaction(keep=False):
+            store.create_users([GRACE])
+            assert store.count_users() == 5
+        assert client("POST /api/user", {"item": ADA}).status_int == 201
+    assert answer.status_int == 201 and len(client.users()) == 5
+
+
+def test_a_list_that_was_read_before_a_rollback_is_not_remembered(client):
+    with client.app.store.transaction(keep=False):
+        client.app.store.create_users([GRACE])
+        assert len(client("GET /api/user").json["results"]) == 5
+    assert len(client("GET /api/user").json["results"]) == 4
+    with client.app.store.transaction():
+        client.app.store.create_users([GRACE])
+        assert len(client("GET /api/user").json["results"]) == 5
+
+
+@of_files("the room on its disk")
+def test_a_whole_that_sqlite_takes_back_in_a_part_is_refused(client):
+    store, before = client.app.store, snapshot(client)
+    with pytest.raises(Problem) as refused, store.transaction() as whole:
+        store.create_users([GRACE])
+        ((pages,),) = store.rows("PRAGMA page_count")
+        whole.writer().execute(f"PRAGMA max_page_count = {pages}")
+        with contextlib.suppress(Exception):  # as a careless host does
+            for _ in range(9999):
+                store.add_token(secrets.token_hex(99), "admin")
+        whole.writer().execute("PRAGMA max_page_count = 1000000")
+        with contextlib.suppress(Exception):
+            store.create_users([ADA])
+    assert refused.value.status == 507 and snapshot(client) == before
+
+
+def test_more_ids_than_a_statement_has_values(client):
+    """SQLite takes 32,766 by default, 250,000 on Debian."""
+    store, many = client.app.store, range(1, 300_000)
+    assert len(list(store.find_users(ids=many))) == 4
+    assert list(store.find_users(ids=[])) == []
+    with pytest.raises(Problem) as refused:
+        store.delete_users(many)
+    assert refused.value.status == 404
+
+
+def test_the_folder_that_we_are_in_may_change(db, tmp_path, monkeypatch):
+    monkeypatch.chdir(db.parent if isinstance(db, Path) else tmp_path)
+    store = userapi.Store(db.name if isinstance(db, Path) else db)
+    monkeypatch.chdir("/")
+    assert len(store.create_users([GRACE])) == 1
+
+
+def test_what_is_in_memory_is_waited_for_but_not_for_ever():
+    store = userapi.Store(":memory:")
+    store.patience = 0.01
+    with store.transaction():
+        store.create_users([GRACE])
+        pool = concurrent.futures.ThreadPoolExecutor(1)
+        with pool, pytest.raises(Problem) as refused:
+            pool.submit(store.count_users).result(60)
+    assert refused.value.status == 503 and store.count_users() == 1
 
 
 # ------------------------------------------------------------------------------------
@@ -5790,6 +5916,43 @@ def test_who_hangs_up_before_the_answer_has_written_all_the_same(db):
         wait_until(lambda: fetch(url, "GET /api/user/1")[0] == 404)
 
 
+@of_files("the lock on it")
+def test_who_reads_by_a_token_waits_for_nobody_who_writes(client, db):
+    """Although the day of its last use is to be written."""
+    token = client.app.store.add_token("ada", "read-only")
+    with contextlib.closing(another(db)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        answer = client("GET /api/user/1", headers=bearer(token))
+        assert answer.status_int == 200 and time.monotonic() - began < 3
+        other.execute("ROLLBACK")
+    assert client("GET /api/user/1", headers=bearer(token)).status_int == 200
+    assert parse_day(client.app.store.tokens()[0][3])
+
+
+@of_files("its journal")
+def test_a_commit_without_a_write_ahead_log_waits_for_who_reads(client, db):
+    """As on a file system that processes share no memory on. What is written meanwhile
+    is no part of it: another thread has the group's connection."""
+    store = client.app.store
+    store.open_group()
+    store._group.execute("PRAGMA journal_mode = DELETE")
+    with contextlib.closing(sqlite3.connect(db, check_same_thread=False)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM users").fetchall()
+        assert store.begin_group()
+        store.create_users([ADA])
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            committed = pool.submit(store.commit_group)
+            wait_until(lambda: store._group_state == "committed")
+            pool.submit(lambda: time.sleep(0.2) or reader.rollback())
+            store.create_users([GRACE])
+            committed.result(60)
+    store.close_group()
+    assert [user["name"] for user in client.users()[4:]] == [ADA["name"], GRACE["name"]]
+    assert [change["user"] for change in client.changes()[-2:]] == [1338, 1339]
+
+
 def test_the_last_use_of_a_token_is_noted_while_it_serves(db, capfd):
     token = add_token(capfd, db, "ada")
     used = "SELECT used FROM tokens WHERE name = 'ada'"
@@ -6578,6 +6741,23 @@ def test_a_backup_goes_to_no_place_where_a_log_stands(command, tmp_path, end):
     status, _, err = command("backup", target)
     assert status == 1 and len(err.strip().splitlines()) == 1
     assert not target.exists() and beside.read_bytes() == b"of another"
+    target.symlink_to(tmp_path / "other.db")
+    beside.rename(tmp_path / f"other.db{end}")
+    assert command("backup", target)[0] == 1 and not target.exists()
+
+
+@of_files("the copy of a file")
+def test_two_backups_to_one_place_at_once_are_both_whole(client, tmp_path):
+    target, inside = str(tmp_path / "copy.db"), []
+
+    def again(*_: int) -> None:
+        if not inside:
+            inside.append(True)
+            client.app.store.backup(target, again)
+
+    client.app.store.backup(target, again)
+    assert inside and run_sql(target, "PRAGMA integrity_check") == [("ok",)]
+    assert sorted(path.name for path in tmp_path.glob("copy*")) == ["copy.db"]
 
 
 @of_files("the copy of a file")

@@ -938,12 +938,14 @@ def member_sql(field: Field) -> str:
     if field.rows:
         shape = SHAPES[field.rows]
         pairs = [(name, text_sql(name)) for name in shape.names if name != "id"]
-        row = object_sql([("id", "id"), *pairs])
+        row = object_sql([("id", "CAST(id AS bigint)"), *pairs])
         return (
             f"coalesce((SELECT '[' || group_concat({row}, ', ' /*pg ORDER BY id*/)"
             f" || ']' FROM user_{shape.name} AS r WHERE r.user_id = users.user_id),"
             " '[]')"
         )
+    if field.read_only and field.schema is ID:  # another program may write text there
+        return f"CAST({field.column} AS bigint)"
     return field.column if field.schema is ID else text_sql(field.column)
 
 
@@ -969,10 +971,11 @@ CHANGE_SQL = object_sql(
     (n, text_sql(n) if n in ("at", "actor", "op") else f'"{n}"') for n in CHANGE
 )
 NAMES_SQL = "SELECT name FROM sqlite_master"
-#: the indexes and triggers of users, but those that SQLite makes for itself
+TRIGGERS = tuple(re.findall(r"CREATE TRIGGER (\w+)", str(MIGRATIONS)))
+#: the indexes of users, but those that SQLite makes for itself, and our triggers
 ASIDE_SQL = (
     "SELECT type, name, sql FROM sqlite_master WHERE tbl_name = 'users'"
-    " AND type IN ('index', 'trigger') AND sql IS NOT NULL"
+    f" AND (type = 'index' AND sql IS NOT NULL OR name IN {TRIGGERS})"
 )
 LASTS = tuple(f"last_{name}" for name in SHAPES)
 LOGGED = tuple(field.name for field in USER.written)
@@ -1017,9 +1020,13 @@ class Query(NamedTuple):
             terms.append("mail_fold IN (?, lower(?))")
             values += [fold(self.mail), self.mail]
         if self.ids is not None:
-            terms.append(f"user_id IN ({', '.join('?' * len(self.ids))})")
-            values.extend(self.ids)
+            terms.append(f"user_id IN ({list_sql(self.ids)})")
         return " AND ".join(terms), values
+
+
+def list_sql(ids: Iterable[int]) -> str:
+    """What stands between the brackets of IN; as values there could be too many."""
+    return ", ".join(map(str, map(operator.index, ids))) or "NULL"
 
 
 def sort_key(sort: str) -> str:
@@ -1065,13 +1072,16 @@ def exact_bytes(key: Any) -> Any:
 class Transaction:
     """What one request (or one call) writes together; begun by its first write.
 
-    All that is written while it is entered is kept together, or not at all. It may be
-    entered again inside: only the outermost exit commits.
+    All that is written while it is entered is kept together, or not at all. One that is
+    entered within another is a part of it, as each is of a group: taken back alone
+    where it fails, and kept where the whole is.
     """
 
     now: str  # when it began
     connection: sqlite3.Connection | None = None
-    depth = 0  # how often it has been entered
+    outer: Transaction | None = None  # in which it was entered
+    whole: Transaction | None = None  # of which it is a part: that, or the group
+    patient = True  # it waits for others that write
     logged = 0  # rows of the log that are still to be written
     frees = False  # it deletes, for which there is always room
     fault: Problem | None = None  # why nothing that was written is kept
@@ -1085,21 +1095,20 @@ class Transaction:
         self.changes: list[Item] = []  # to announce
 
     def __enter__(self) -> Transaction:
-        if not self.depth:
-            self.store._scope.transaction = self
-        self.depth += 1
+        scope = self.store._scope
+        if outer := scope.transaction:
+            self.outer = self.whole = outer
+            self.actor = self.actor or outer.actor
+        scope.transaction = self
         return self
 
     def __exit__(self, kind: Any, fault: BaseException | None, trace: Any) -> None:
-        self.depth -= 1
-        if self.depth:
-            return
         try:
             self.store._end(self, self.keep and fault is None)
         except DATABASE_FAULTS as late:
             fault = fault or late  # what went wrong first is told
         finally:
-            self.store._scope.transaction = None
+            self.store._scope.transaction = self.outer
         if isinstance(fault, DATABASE_FAULTS):
             raise database_problem(fault) from fault
         if self.changes and self.keep and fault is None:
@@ -1107,10 +1116,14 @@ class Transaction:
 
     def writer(self) -> sqlite3.Connection:
         """The connection to write with; the first time, the transaction begins here,
-        which in a group is a savepoint."""
+        which for a part is a savepoint."""
         if self.connection is None:
             self.connection = self.store._begin(self)
         return self.connection
+
+    def begun(self) -> sqlite3.Connection | None:
+        """The connection that what has been written so far is read with."""
+        return self.connection or (self.outer.begun() if self.outer else None)
 
     def note(self, op: str, users: Sequence[int], fields: Iterable[str]) -> None:
         """Log that users were written, each with a JSON list of its members that were.
@@ -1121,7 +1134,7 @@ class Transaction:
             del self.log[: -self.store.keep_changes]
 
     def take(self, part: Transaction) -> None:
-        """Take over what a part of this group has logged."""
+        """Take over what a part has logged."""
         self.log += part.log
         self.logged += part.logged
         self.changes += part.changes
@@ -1178,7 +1191,7 @@ def whole_file(path: str, db: str) -> Iterator[str]:
     for like in (db, path):
         with contextlib.suppress(OSError):
             mode = os.stat(like).st_mode & 0o666 | 0o600
-    part = f"{path}.{os.getpid()}.part"
+    part = f"{path}.{os.urandom(4).hex()}.part"  # others may write the same file
     try:
         os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, mode))
         yield part
@@ -1198,7 +1211,8 @@ class Disk:
     _identity: tuple[int, int] | None = None  # of the file that was opened
 
     def __init__(self, path: str) -> None:
-        self.given, self.in_file = path, is_file(path)
+        # as the folder may change that we are in
+        self.given, self.in_file = os.path.abspath(path), is_file(path)
         # SQLite's own files stand beside that of which a link is another name
         self.path = os.path.realpath(path) if self.in_file else path
 
@@ -1342,7 +1356,8 @@ class Database:
     patience = 5.0  # seconds that a write waits for another to end
     impatient = 0  # the thread that is never to wait for the database
     _group: sqlite3.Connection | None = None
-    _group_thread, _in_group = 0, False
+    #: the group is begun, open for parts, committed; the last maybe by another thread
+    _group_thread, _group_state = 0, ""
     _highest: int | None = None  # id; while the database is ours to write
 
     def __init__(
@@ -1387,6 +1402,7 @@ class Database:
         if not self.memory:
             self.disk.size()
             self.close()
+            self.mode = self.mode.replace("rwc", "rw")  # never anew, when it has gone
 
     def _refuse_foreign(self) -> None:
         """Refuse what is no database of ours, before anything could change it.
@@ -1567,7 +1583,8 @@ class Database:
         self._give(db)
 
     def close(self) -> None:
-        """Close the connections that no thread uses; the store stays usable."""
+        """Close the connections that no thread uses. A file's store stays usable; what
+        is in memory has gone."""
         while self._pool:
             self._made.discard(db := self._pool.pop())
             db.close()
@@ -1578,8 +1595,7 @@ class Database:
         """Before it: let other threads end what they do, and close what is open, or the
         child's SQLite believes that it holds the locks of the parent, which it does not
         inherit; another process would then delete the log that it writes to."""
-        own = self._scope.transaction
-        mine = {own.connection} if own and own.connection else set()
+        mine = {self.begun()} - {None}
         self._held = not mine and self._writing.acquire(timeout=self.patience)
         until = time.monotonic() + self.patience
         while self._made.difference(self._pool, mine) and time.monotonic() < until:
@@ -1587,7 +1603,7 @@ class Database:
         if not self.disk.in_file:
             return
         self.close()
-        if self._group and self._is_in_turn() and not self._in_group:
+        if self._group and self._is_in_turn() and not self._group_state:
             self._group.close()
             self._group = None
 
@@ -1605,14 +1621,16 @@ class Database:
         self._left.extend((self._made, self._group))
         self._pool, self._made, self._writing = [], set(), threading.Lock()
         self._group, self._group_thread = None, 0
-        if own := self._scope.transaction:
+        own = self._scope.transaction
+        while own:
             own.connection, own.log, own.logged, own.changes = None, [], 0, []
+            own.whole, own = own.outer, own.outer
 
     # Connections and transactions
 
     def _take(self) -> sqlite3.Connection:
-        if self.memory:
-            self._lock.acquire()
+        if self.memory and not self._lock.acquire(timeout=self.patience):
+            raise busy("another thread has been writing for too long")
         try:
             return self._pool.pop()
         except IndexError:
@@ -1624,12 +1642,17 @@ class Database:
         if self.memory:
             self._lock.release()
 
+    def begun(self) -> sqlite3.Connection | None:
+        """The connection of this thread's transaction, once it has written."""
+        own = self._scope.transaction
+        return own.begun() if own else None
+
     def rows(self, sql: str, values: Sequence[Any] = ()) -> Rows:
         """What a SELECT finds, as this thread's transaction sees it."""
-        scope = self._scope.transaction
+        own = self._scope.transaction  # begun() is not called for each read
         try:
-            if scope is not None and scope.connection is not None:
-                return scope.connection.execute(sql, values).fetchall()
+            if own and (begun := own.begun()):
+                return begun.execute(sql, values).fetchall()
             db = self._take()
             try:
                 return db.execute(sql, values).fetchall()
@@ -1643,47 +1666,56 @@ class Database:
 
         `keep=False` does everything and takes it back (a dry run).
         """
-        return self._scope.transaction or Transaction(self, actor, keep)
+        return Transaction(self, actor, keep)
+
+    def current(self) -> Transaction:
+        """The transaction that this thread is in."""
+        return self._scope.transaction or Transaction(self)
 
     def _begin(self, tx: Transaction) -> sqlite3.Connection:
         if self.read_only:
             raise busy("the database is read-only", 60)
-        if group := self._own_group():
-            self._begin_part(group, tx)
-            return group
-        if not self._writing.acquire(timeout=self.patience):
+        state = self._group_state if self._is_in_turn() else ""
+        if whole := tx.whole or (self._turn if state == "open" else None):
+            return self._begin_part(tx, whole)
+        # where the group waits to begin, it waits for us as well
+        patience = self.patience if tx.patient and state != "begun" else 0
+        if not self._writing.acquire(timeout=patience):
             raise busy("another thread has been writing for too long")
         db = None
         try:
             db = self._take()
-            db.execute(f"PRAGMA busy_timeout = {0 if self.wal else 5000}")
-            run_when_free(db, BEGIN, self.patience)
+            db.execute("PRAGMA busy_timeout = 0")
+            run_when_free(db, BEGIN, patience)
         except BaseException:
             self._end_turn(db)
             raise
         self._highest, tx.now = None, utc_now()
         return db
 
-    def _begin_part(self, db: sqlite3.Connection, tx: Transaction) -> None:
-        turn = self._turn
-        if turn.fault:
-            raise turn.fault
-        if tx.frees:  # it writes its log itself: to take that back takes nothing else
-            try:
-                self._write_log(db, turn)
+    def _begin_part(self, tx: Transaction, whole: Transaction) -> sqlite3.Connection:
+        tx.whole = whole
+        whole.frees |= tx.frees
+        db = whole.writer()
+        if whole.fault:
+            raise whole.fault
+        if tx.frees or tx.outer:  # it writes its log itself: to take that back takes
+            try:  # nothing else, and what came before stands before it
+                self._write_log(db, whole)
             except DATABASE_FAULTS as fault:
-                turn.fault = database_problem(fault)
+                whole.fault = database_problem(fault)
                 raise
-        tx.now = turn.now
-        db.execute("SAVEPOINT request")
+        tx.now = whole.now
+        db.execute("SAVEPOINT part")
+        return db
 
     def _end(self, tx: Transaction, keep: bool) -> None:
-        """Commit or roll back; in a group only this request's savepoint."""
+        """Commit or roll back; of a part only its savepoint."""
         db, tx.connection = tx.connection, None
         if db is None:
             return
-        if db is self._group:
-            self._end_part(db, tx, keep)
+        if tx.whole:
+            self._end_part(db, tx, tx.whole, keep)
             return
         try:
             self._commit(db, tx, keep)
@@ -1696,9 +1728,11 @@ class Database:
             self._give(db)
         self._writing.release()
 
-    def _end_part(self, db: sqlite3.Connection, tx: Transaction, keep: bool) -> None:
-        if not db.in_transaction:  # SQLite rolled the whole group back
-            self._turn.fault = Problem(507, DISK_FULL)
+    def _end_part(
+        self, db: sqlite3.Connection, tx: Transaction, whole: Transaction, keep: bool
+    ) -> None:
+        if not db.in_transaction:  # SQLite rolled all of it back
+            whole.fault = Problem(507, DISK_FULL)
             return
         kept = False
         try:
@@ -1707,11 +1741,11 @@ class Database:
             kept = keep
         finally:
             if kept:
-                self._turn.take(tx)
+                whole.take(tx)
             else:
-                db.execute("ROLLBACK TO request")
+                db.execute("ROLLBACK TO part")
                 self._highest = None
-            db.execute("RELEASE request")
+            db.execute("RELEASE part")
 
     def _commit(self, db: sqlite3.Connection, tx: Transaction, keep: bool) -> None:
         """Commit if there is room for it or it frees some, else roll back and raise."""
@@ -1722,7 +1756,8 @@ class Database:
             if keep and db.in_transaction:
                 self._write_log(db, tx)
                 room = self.disk.require_room(db, tx.frees)
-                db.execute("COMMIT")
+                # without a write-ahead log, readers are waited for
+                run_when_free(db, "COMMIT", self.patience)
         except sqlite3.Error:
             self._overwrite_log(db)
             raise
@@ -1784,10 +1819,6 @@ class Database:
 
     # Writes that are committed together (the Server's turn)
 
-    def _own_group(self) -> sqlite3.Connection | None:
-        """The group's connection, in the thread whose writes are parts of it."""
-        return self._group if self._in_group and self._is_in_turn() else None
-
     def _is_in_turn(self) -> bool:
         """Whether this is the thread whose writes are grouped."""
         return self._group_thread == threading.get_ident()
@@ -1804,31 +1835,33 @@ class Database:
         """Begin a group; False where another program holds the lock. With `wait`, wait
         for it."""
         assert self._group is not None
-        self._turn, self._in_group = Transaction(self), True
-        if self.read_only:
-            return True
+        self._turn, self._group_state = Transaction(self), "begun"
+        self._turn.connection = self._group
         try:
-            run_when_free(self._group, BEGIN, self.patience if wait else 0)
-            self._highest, self._turn.now = None, utc_now()
-            self._write_soon(self._group)
+            if not self.read_only:
+                run_when_free(self._group, BEGIN, self.patience if wait else 0)
+                self._highest, self._turn.now = None, utc_now()
+                self._write_soon(self._group)
         except DATABASE_FAULTS as fault:
             problem = database_problem(fault)
             if not wait and problem.status == 503:
                 return False
             self._turn.fault = problem
+        self._group_state = "open"
         return True
 
     def commit_group(self) -> None:
         """Commit what the group wrote; raises Problem where none of it is kept."""
         db = self._group
         assert db is not None
+        self._group_state = "committed"
         try:
             self._turn.frees = self.disk.low  # then each request was asked
             self._commit(db, self._turn, keep=True)
         except DATABASE_FAULTS as fault:
             raise database_problem(fault) from fault
         finally:
-            self._in_group = False
+            self._group_state = ""
 
     def announce_group(self) -> None:
         """Tell `on_change` of what the last group kept."""
@@ -1848,6 +1881,7 @@ class Database:
         self._soon.add((sql, values))
         if not self._is_in_turn() and not self.read_only:
             with contextlib.suppress(Problem), self.transaction() as tx:
+                tx.patient = False
                 self._write_soon(tx.writer())
 
     def _write_soon(self, db: sqlite3.Connection) -> None:
@@ -1923,7 +1957,7 @@ class Store(Database):
                 found.sort.removeprefix("-") in SORTS
                 and len(found.after or (0, 0)) == 2
                 and (found.limit is None or 0 < operator.index(found.limit) < 2**63)
-                and max(map(abs, found.ids or (0,))) < 2**63
+                and max(map(abs, map(operator.index, found.ids or (0,)))) < 2**63
             )
         except (TypeError, AttributeError, UnicodeError):
             well = False
@@ -1970,12 +2004,13 @@ class Store(Database):
 
     def _rows_by_id(self, tx: Transaction, ids: Sequence[int]) -> dict[int, Item]:
         """The users of these ids as they are stored, read within the transaction."""
-        if not ids:
-            return {}
-        tx.writer()
-        marks = ", ".join("?" * len(ids))
-        rows = self.rows(f"{STORED_SQL} WHERE user_id IN ({marks})", ids)
-        return {row[0]: dict(zip(STORED.values(), row)) for row in rows}
+        found: dict[int, Item] = {}
+        for some in batches(iter(ids)):
+            tx.writer()
+            marks = ", ".join("?" * len(some))
+            rows = self.rows(f"{STORED_SQL} WHERE user_id IN ({marks})", some)
+            found.update((row[0], dict(zip(STORED.values(), row))) for row in rows)
+        return found
 
     def _insert(
         self, tx: Transaction, new: list[Entry], highest: int
@@ -2029,9 +2064,9 @@ class Store(Database):
 
     def _outlive(self, items: list[Item]) -> None:
         """Let new users go on from the versions that deleted ones of their ids had."""
-        marks, ids = ", ".join("?" * len(items)), [item["id"] for item in items]
-        sql = f"SELECT user_id, version FROM graves WHERE user_id IN (0, {marks})"
-        last = dict(self.rows(sql, ids))
+        ids = list_sql([0, *(item["id"] for item in items)])
+        sql = f"SELECT user_id, version FROM graves WHERE user_id IN ({ids})"
+        last = dict(self.rows(sql))
         for item in items:
             before = max(last.get(item["id"], 0), last.get(0, 0))
             item["version"] = max(item.get("version", 1), before + 1)
@@ -2127,10 +2162,10 @@ class Store(Database):
         self, tx: Transaction, shape: Shape, user: int, numbers: Sequence[int]
     ) -> None:
         """Delete some of a user's rows; `stamp` tells the trigger it is us."""
-        where = f"user_id = ? AND id IN ({', '.join('?' * len(numbers))})"
-        table, db, values = f"user_{shape.name}", tx.writer(), (user, *numbers)
-        db.execute(f"UPDATE {table} SET stamp = -1 WHERE {where}", values)
-        db.execute(f"DELETE FROM {table} WHERE {where}", values)
+        where = f"user_id = {user} AND id IN ({list_sql(numbers)})"
+        table, db = f"user_{shape.name}", tx.writer()
+        db.execute(f"UPDATE {table} SET stamp = -1 WHERE {where}")
+        db.execute(f"DELETE FROM {table} WHERE {where}")
 
     def save_rows(
         self,
@@ -2197,7 +2232,7 @@ class Store(Database):
 
     def find_retry(self, key: bytes) -> tuple[bytes, int, str, bytes] | None:
         """What was answered to an Idempotency-Key within the last day."""
-        self.transaction().writer()
+        self.current().writer()
         sql = "SELECT digest, status, headers, body FROM retries WHERE at > ?"
         found = self.rows(f"{sql} AND key = ?", (int(time.time()) - DAY, key))
         return found[0] if found else None
@@ -2209,7 +2244,7 @@ class Store(Database):
 
         An id is how many bytes there have been up to its end.
         """
-        db, head = self.transaction().writer(), json.dumps(headers)
+        db, head = self.current().writer(), json.dumps(headers)
         now = int(time.time())
         db.execute("DELETE FROM retries WHERE at <= ?", (now - DAY,))
         ((last,),) = db.execute("SELECT coalesce(max(id), 0) FROM retries")
@@ -2290,7 +2325,7 @@ class Store(Database):
     def backup(self, path: str, progress: Callable[[int, int], None]) -> None:
         """A consistent copy under `path`, whole or not at all, while others write."""
         for beside in ("-wal", "-journal"):
-            if os.path.exists(path + beside):
+            if os.path.exists(os.path.realpath(path) + beside):
                 raise Problem(409, f"{path}: a {beside} file stands beside it")
         source = self._take()
         try:
@@ -2347,7 +2382,7 @@ class Saving:
         conflict: str = "fail",
         keeps: Names = (),
     ) -> None:
-        self.store, self.tx, self.id, self.check = store, store.transaction(), id, check
+        self.store, self.tx, self.id, self.check = store, store.current(), id, check
         self.creates = how == "create"
         self.conflict = conflict if self.creates else "replace"
         self.faults = Faults(IMPORT_FAULTS) if keeps else Faults()
@@ -3298,6 +3333,8 @@ def list_users(call: Call) -> Answer:
     """Users; a short answer is kept for whoever asks the same before the next change,
     as lists are read far more often than users change."""
     seq, kept = call.store.last_seq(), call.app.kept
+    if call.store.begun():  # what our transaction has written may be taken back
+        kept = {}
     key = (call.prefix, call.path, call.environ.get("QUERY_STRING"), call.media)
     since, body, headers = kept.get(key, (None, b"", ()))
     if since != seq:
