@@ -5748,6 +5748,29 @@ def test_connections_and_bodies_in_flight_are_bounded(db):
         wait_until(lambda: server.bodies == 0)
 
 
+def test_who_is_not_let_in_holds_no_room_for_bodies(db):
+    """They are told so before a body that is not short, however it is framed."""
+    app = UserAPI(str(db), token="right", max_bodies=1 << 20, max_body=1 << 20)
+    with contextlib.ExitStack() as stack:
+        server, url = stack.enter_context(hosting(app))
+        chunk = f"Transfer-Encoding: chunked||8000|{'x' * 0x8000}|8001|"
+        for framing in [f"Content-Length: {1 << 20}||{JSON_BODY}", chunk] * 2:
+            stranger = stack.enter_context(dial(url))
+            stranger.sendall(f"{JSON_POST}{framing}".replace("|", "\r\n").encode())
+            assert statuses(hear(stranger)) == [401]
+        short = stack.enter_context(dial(url))
+        sent = f"{JSON_POST}Content-Length: {len(JSON_BODY)}||{JSON_BODY}" * 2
+        short.sendall(sent.replace("|", "\r\n").encode())
+        short.shutdown(socket.SHUT_WR)
+        assert statuses(hear(short)) == [401, 401], "and the connection is kept"
+        wait_until(lambda: server.bodies == 0)
+        right = stack.enter_context(dial(url))
+        head = f"{JSON_POST}Authorization: Bearer right|Content-Length: {1 << 20}||"
+        right.sendall(head.replace("|", "\r\n").encode())
+        right.sendall(JSON_BODY.encode().ljust(1 << 20))
+        assert statuses(right.recv(65536)) == [201]
+
+
 def test_one_body_as_long_as_it_may_be_is_never_too_much(db):
     head = f"{JSON_POST}Expect: 100-continue|Content-Length: 800||"
     with contextlib.ExitStack() as stack:

@@ -3952,13 +3952,17 @@ class UserAPI:
         """Raise the Problem that a request is refused for before its body is read."""
         self.read_head(Call(self, dict(environ)))
 
-    def read_head(self, call: Call) -> Resource:
-        """Guard, resource, operation, parameters, media types. Raises Problem."""
+    def admit(self, call: Call) -> None:
+        """Learn what a call is to, and ask the guard. Raises Problem 401, 403, 429."""
         if self.guard.trusted:
             self.guard.believe_proxy(call.environ)
         call.prefix = quote(call.environ.get("SCRIPT_NAME", ""), encoding="latin-1")
         call.path = read_path(call.environ)
         self.guard.admit(call)
+
+    def read_head(self, call: Call) -> Resource:
+        """Guard, resource, operation, parameters, media types. Raises Problem."""
+        self.admit(call)
         resource, call.args = find_resource(self.router, call.path, call.method)
         _, call.view, operations = resource
         if call.method == "OPTIONS":
@@ -5106,6 +5110,7 @@ HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]
 WITH_BODIES = frozenset(("HTTP_TRANSFER_ENCODING", "CONTENT_LENGTH", "HTTP_EXPECT"))
 ALONE = frozenset(("HTTP_HOST", "CONTENT_LENGTH", "CONTENT_TYPE", "HTTP_AUTHORIZATION"))
 READ_SIZE = 256 * 1024  # bytes that a connection may have read ahead
+UNASKED = 64 * 1024  # bytes of a body that are taken before the guard is asked
 SEND_SIZE = 64 * 1024  # bytes that may wait for the end of the turn
 WAKE = 0.2  # seconds after which a stream that had nothing is asked again
 THREADS = 4  # threads that read where the database is not in this process
@@ -5291,11 +5296,15 @@ class Parser:
                 self.invites = True
 
     def hold(self, size: int) -> None:
-        """Count bytes of a body that are to be kept. Raises Problem 413, 503."""
+        """Count bytes of a body that are to be kept. Raises Problem 413, 503, and what
+        the guard does, so that who is let in finds room."""
+        asked = self.held > UNASKED or self.server.remote  # there it may have to wait
         self.held += size
         self.server.bodies += size
         if self.held > self.settings.max_body:
             raise Problem(413, f"{self.settings.max_body} bytes are the most")
+        if self.held > UNASKED and not asked:
+            self.server.app.admit(Call(self.server.app, dict(self.environ or {})))
         if self.server.bodies > max(self.settings.max_bodies, self.settings.max_body):
             raise busy("too many bodies are under way")
 
