@@ -1084,7 +1084,7 @@ class Transaction:
     patient = True  # it waits for others that write
     logged = 0  # rows of the log that are still to be written
     frees = False  # it deletes, for which there is always room
-    fault: Problem | None = None  # why nothing that was written is kept
+    fault: Exception | None = None  # why nothing that was written is kept
 
     def __init__(
         self, store: Database, actor: str | None = None, keep: bool = True
@@ -1703,7 +1703,7 @@ class Database:
             try:  # nothing else, and what came before stands before it
                 self._write_log(db, whole)
             except DATABASE_FAULTS as fault:
-                whole.fault = database_problem(fault)
+                whole.fault = fault
                 raise
         tx.now = whole.now
         db.execute("SAVEPOINT part")
@@ -1841,13 +1841,12 @@ class Database:
             if not self.read_only:
                 run_when_free(self._group, BEGIN, self.patience if wait else 0)
                 self._highest, self._turn.now = None, utc_now()
-                self._write_soon(self._group)
         except DATABASE_FAULTS as fault:
-            problem = database_problem(fault)
-            if not wait and problem.status == 503:
+            if not wait and "locked" in str(fault):
                 return False
-            self._turn.fault = problem
+            self._turn.fault = fault
         self._group_state = "open"
+        self._write_soon(self._turn)
         return True
 
     def commit_group(self) -> None:
@@ -1879,14 +1878,15 @@ class Database:
     def write_soon(self, sql: str, values: tuple[Any, ...]) -> None:
         """Write this with the next group, or at once where writes are not grouped."""
         self._soon.add((sql, values))
-        if not self._is_in_turn() and not self.read_only:
-            with contextlib.suppress(Problem), self.transaction() as tx:
-                tx.patient = False
-                self._write_soon(tx.writer())
+        if not self._is_in_turn():
+            self._write_soon()
 
-    def _write_soon(self, db: sqlite3.Connection) -> None:
-        while self._soon:
-            db.execute(*self._soon.pop())
+    def _write_soon(self, whole: Transaction | None = None) -> None:
+        """Write it, as a part of the whole; that it fails is nobody's affair."""
+        with contextlib.suppress(Problem, sqlite3.Error), self.transaction() as tx:
+            tx.whole, tx.patient = tx.whole or whole, False
+            while self._soon:
+                tx.writer().execute(*self._soon.pop())
 
     @property
     def waiting(self) -> bool:
@@ -1999,7 +1999,9 @@ class Store(Database):
     ) -> list[Item]:
         entries = ((Place(f"#/items/{n}"), item) for n, item in enumerate(items))
         with self.transaction(actor):
-            saved = Saving(self, how, VIEWS[view]).save(batches(entries))
+            # two that are changed may swap their addresses, however far apart
+            parts = batches(entries) if how == "create" else [entries]
+            saved = Saving(self, how, VIEWS[view]).save(parts)
             return [self.get_user(id, view) for id in saved.ids]
 
     def _rows_by_id(self, tx: Transaction, ids: Sequence[int]) -> dict[int, Item]:
