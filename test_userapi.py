@@ -2711,6 +2711,7 @@ def test_more_ids_than_a_statement_has_values(client):
     """SQLite takes 32,766 by default, 250,000 on Debian."""
     store, many = client.app.store, range(1, 300_000)
     assert len(list(store.find_users(ids=many))) == 4
+    assert len(list(store.find_users(ids=iter(many)))) == 4
     assert list(store.find_users(ids=[])) == []
     with pytest.raises(Problem) as refused:
         store.delete_users(many)
@@ -5234,6 +5235,15 @@ def test_on_change_is_called_after_the_commit(db):
     client("DELETE /api/user/1")
     assert seen == [(client.changes()[-1],)]
     client.close()
+
+
+def test_on_change_is_told_more_than_the_log_keeps(db):
+    told = []
+    store = userapi.Store(str(db), keep_changes=2, on_change=told.append)
+    store.create_users([ADA] * 20)
+    store.merge_users([{"id": id, "name": "A"} for id in range(1338, 1358)])
+    assert [change["op"] for change in told] == ["create"] * 20 + ["update"] * 20
+    assert len(store.changes(None, 99)) == 2
 
 
 def test_a_fault_of_on_change_undoes_nothing(db, capfd):

@@ -1026,7 +1026,7 @@ class Query(NamedTuple):
 
 def list_sql(ids: Iterable[int]) -> str:
     """What stands between the brackets of IN; as values there could be too many."""
-    return ", ".join(map(str, map(operator.index, ids))) or "NULL"
+    return ", ".join(map(str, ids)) or "NULL"
 
 
 def sort_key(sort: str) -> str:
@@ -1130,7 +1130,7 @@ class Transaction:
         The rows themselves are written just before the commit."""
         self.log.append((self, op, users, fields))
         self.logged += len(users)
-        if len(self.log) > 2 * self.store.keep_changes:
+        if len(self.log) > 2 * self.store.keep_changes and not self.store.on_change:
             del self.log[: -self.store.keep_changes]
 
     def take(self, part: Transaction) -> None:
@@ -1150,11 +1150,12 @@ class Transaction:
                 traceback.print_exc()
 
     def rows(self, last: int) -> Iterator[tuple[Any, ...]]:
-        """The rows that the log is to keep, `last` being the newest one's seq."""
+        """The rows that the log is to keep, `last` being the newest one's seq; all, if
+        they are to be told."""
         end = last - sum(len(users) for _, _, users, _ in self.log)
         for tx, op, users, fields in self.log:
             first, end = end + 1, end + len(users)
-            if end > last - self.store.keep_changes:  # else they would go at once
+            if self.store.on_change or end > last - self.store.keep_changes:
                 for seq, user, names in zip(itertools.count(first), users, fields):
                     yield seq, tx.now, tx.actor, op, user, names
 
@@ -1952,12 +1953,14 @@ class Store(Database):
         """
         try:
             found = Query(**query)
+            if found.ids is not None:  # they may come once only
+                found = found._replace(ids=[*map(operator.index, found.ids)])
             "".join(text or "" for text in found[:3]).encode()  # texts, and whole ones
             well = (
                 found.sort.removeprefix("-") in SORTS
                 and len(found.after or (0, 0)) == 2
                 and (found.limit is None or 0 < operator.index(found.limit) < 2**63)
-                and max(map(abs, map(operator.index, found.ids or (0,)))) < 2**63
+                and max(map(abs, found.ids or (0,))) < 2**63
             )
         except (TypeError, AttributeError, UnicodeError):
             well = False
