@@ -4540,8 +4540,12 @@ def postman(url: str = "http://127.0.0.1:8080") -> Item:
 
 @operations(("get_postman", "GET", "/postman.json", "The Postman collection."))
 def get_postman(call: Call) -> Answer:
+    return Answer(to_json(postman(base_url(call))))
+
+
+def base_url(call: Call) -> str:
     scheme, host = call.environ["wsgi.url_scheme"], call.header("HOST") or "localhost"
-    return Answer(to_json(postman(f"{scheme}://{host}{call.prefix}")))
+    return f"{scheme}://{host}{call.prefix}"
 
 
 # ── Page ──────────────────────────────────────────────────────────────────────────
@@ -4984,6 +4988,7 @@ def get_page(call: Call) -> Answer:
 
 
 DOCS_STYLE = r"""
+:root { scroll-padding: 0; }
 body { display: grid; grid-template-columns: 16rem minmax(0, 1fr); gap: 3rem; }
 nav { position: sticky; top: 0; height: 100dvh; overflow: auto; padding: 2rem 0.25rem; }
 nav a { display: block; font-size: 0.8125rem; }
@@ -5015,6 +5020,7 @@ async function send({ dataset: { method, path }, elements }) {
     else if (place === "header" && value) headers[name] = value;
     else if (place === "query" && value) query.append(name, value);
   }
+  if (method === "DELETE" && !confirm(`${method} ${url}?${query}`)) return "Not sent.";
   const body = elements.body?.value;
   const got = await fetch(`${url}?${query}`, { method, headers, body });
   const head = [...got.headers].map((pair) => pair.join(": ")).join("\n");
@@ -5069,7 +5075,7 @@ def get_reference(call: Call) -> Answer:
     for path, methods in openapi(prefix)["paths"].items():
         for method, spec in methods.items():
             if not re.match("/api/(?!v2/)", path):
-                values = operation_values(prefix, method.upper(), path, spec)
+                values = operation_values(call, method.upper(), path, spec)
                 links += DOCS_LINK.format_map(values)
                 articles += DOCS_ARTICLE.format_map(values)
     body = DOCS_HTML.format(prefix=html.escape(prefix), links=links, articles=articles)
@@ -5077,16 +5083,16 @@ def get_reference(call: Call) -> Answer:
     return html_answer(style, DOCS_SCRIPT, title=title, about="", body=body)
 
 
-def operation_values(prefix: str, method: str, path: str, spec: Item) -> Item:
+def operation_values(call: Call, method: str, path: str, spec: Item) -> Item:
     """What the article of an operation shows, by name, as HTML."""
-    curl, body = f"curl -X {method} http://127.0.0.1:8080{prefix}{path}", ""
+    curl, body = f"curl -X {method} {base_url(call)}{path}", ""
     if "requestBody" in spec:
         sent = spec["requestBody"]["content"][JSON]["example"]
         curl += f" -H 'Content-Type: {JSON}' -d '{to_json(sent).decode()}'"
         text = json.dumps(sent, indent=2, ensure_ascii=False)
         body = DOCS_BODY.format(html.escape(text))
-    values = {**spec, "prefix": prefix, "method": method, "path": path, "curl": curl}
-    values["answers"] = ", ".join(spec["responses"])
+    values = {**spec, "method": method, "path": path, "curl": curl}
+    values.update(prefix=call.prefix, answers=", ".join(spec["responses"]))
     fields = [escaped({"example": "", **each}) for each in spec["parameters"]]
     inputs = "".join(map(DOCS_INPUT.format_map, fields))
     return {**escaped(values), "inputs": inputs, "body": body}

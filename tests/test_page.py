@@ -1333,6 +1333,27 @@ def test_the_reference_tries_a_call(server, visit):
     expect(form.locator("output")).to_contain_text("Zoë Ångström")
 
 
+def test_the_reference_names_this_server_and_goes_to_the_operation(server, visit):
+    page = visit(server.url + "docs", "article")
+    curl = page.locator("article#get_user_v2 pre")
+    expect(curl).to_have_text(f"curl -X GET {server.url}api/v2/user/{{id}}")
+    page.locator("nav a[href='#get_user_v2']").click()
+    wait_for(page, "document.querySelector(':target').getBoundingClientRect().y < 2")
+
+
+def test_the_reference_asks_before_it_deletes(server, browser):
+    context = browser.new_context()
+    page, asked = context.new_page(), []
+    page.on("dialog", lambda box: (asked.append(box.message), box.dismiss()))
+    page.goto(server.url + "docs")
+    form = page.locator("form[data-method=DELETE][data-path='/api/v2/user/{id}']")
+    form.get_by_role("button", name="Send").click()
+    expect(form.locator("output")).to_have_text("Not sent.")
+    assert asked == [f"DELETE {server.url}api/v2/user/1?"]
+    assert len(server.users()) == 12
+    context.close()
+
+
 def lighthouse(url, out):
     """Lighthouse's scores for a page, through its own command."""
     command = [
