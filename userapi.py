@@ -4631,7 +4631,7 @@ legend { padding: 1rem 0 0.5rem; font-weight: 600; }
   position: relative; margin-bottom: 0.5rem; padding: 0 0.75rem 0.75rem;
   border: 1px solid var(--line); border-radius: 10px;
 }
-[name=drop] { position: absolute; right: 0; height: 2rem; border: 0; }
+[name=drop] { position: absolute; right: 0; height: 2rem; border: 0; background: none; }
 #versions { display: grid; grid: auto / repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem; }
 :has(+ #other:not(:empty))::before, #other::before { content: attr(aria-label); line-height: 2.5; }
 .drop { padding: 2rem 1rem; border: 2px dashed var(--edge); text-align: center; }
@@ -4642,11 +4642,9 @@ legend { padding: 1rem 0 0.5rem; font-weight: 600; }
 PAGE_SCRIPT = r"""
 "use strict";
 const $ = (id) => document.getElementById(id), { base, seq } = document.body.dataset;
-const home = location.origin + base, api = `${home}/api/v2/user`;
-const body = $("rows"), search = $("search");
-const SIZE = 100, selected = new Map(); // users a page; users by id
-let q, sort, pages, origin, shown, latest, stream, timer, since = seq, total = 0;
-let user, key, doomed; // of the form, of the question
+const home = location.origin + base, api = `${home}/api/v2/user`, SIZE = 100; // users a page
+const body = $("rows"), search = $("search"), selected = new Map(); // users by id
+let q, sort, pages, origin, shown, latest, stream, timer, user, key, doomed, since = seq, total = 0;
 const who = (users) => users[1] ? `${users.length} users` : `\u2068${users[0].name}\u2069`;
 function show(node, text) { // what stands there already is not told again
   if (node.textContent !== text) node.textContent = text;
@@ -4679,8 +4677,7 @@ function restart() { // the address holds what is searched and how it is sorted
   search.value = q;
   for (const { value, parentNode } of document.querySelectorAll("th button"))
     parentNode.ariaSort = { [value]: "ascending", [`-${value}`]: "descending" }[sort] ?? "none";
-  pages = [query({ limit: SIZE, count: true })]; // their addresses
-  origin = 0; // how many of them were dropped
+  [pages, origin] = [[query({ limit: SIZE, count: true })], 0]; // addresses; how many were dropped
   list(true);
 }
 function go(change) { // to another search or order; typing is one step of the history
@@ -4778,30 +4775,32 @@ function edit(one) {
   $("other").replaceChildren();
   $("form").showModal();
 }
+const changes = (old = read(sheet("user", user))) => // the rest is not sent, need not be valid
+  Object.entries(read($("fields").firstChild)).filter(
+    ([name, value]) => JSON.stringify(value) !== JSON.stringify(old[name]));
 async function save(event) {
   event.preventDefault();
-  const item = read($("fields").firstChild), old = read(sheet("user", user));
-  for (const name in old) // what was not changed is not sent, and need not be valid
-    if (JSON.stringify(item[name]) === JSON.stringify(old[name])) delete item[name];
-  const content = JSON.stringify({ item });
+  const content = JSON.stringify({ item: Object.fromEntries(changes()) }), mine = key;
   const got = user
     ? await change("PATCH", user, content)
     : await call("POST", api, content, { "Idempotency-Key": key });
+  const theirs = got.status === 412 && (await call("GET", `${api}/${user.id}`)).results;
+  const text = got.detail ?? `Saved ${who(got.results)}`;
+  if (key !== mine) return done(text); // the form is another's by now
   if (got.status === 404) [user, got.detail] = [undefined, "It was deleted. Save it anew?"];
-  if (got.status === 412) return clash();
+  if (theirs) { // someone was faster: what they saved is shown beside
+    [user] = theirs;
+    $("other").replaceChildren(sheet("user", user));
+    got.detail = "Someone else saved first. Save yours, or cancel and keep theirs.";
+  }
+  if (got.status === 422 && !got.errors) // after an answer that was lost
+    [key, got.detail] = [Math.random(), "The first try was saved. Save this as one more?"];
   if (got.status) return blame(got);
   $("form").close();
-  done(`Saved ${who(got.results)}`);
-}
-async function clash() { // someone was faster: what they saved is shown beside
-  const got = await call("GET", `${api}/${user.id}`);
-  if (got.status) return blame(got);
-  [user] = got.results;
-  $("other").replaceChildren(sheet("user", user));
-  blame({ detail: "Someone else saved first. Save yours, or cancel and keep theirs." });
+  done(text);
 }
 function blame({ detail, errors = [] }) { // each error stands at what its pointer names
-  $("error").textContent = detail;
+  [$("error").textContent, $("delete").hidden] = [detail, !user];
   for (const node of $("fields").querySelectorAll(".error, input"))
     [node.textContent, node.ariaInvalid] = ["", null];
   for (const { pointer, detail } of errors) {
@@ -4818,20 +4817,22 @@ async function restore(users) {
   say("toast", "");
   const lines = users.map((one) => JSON.stringify(one)).join("\n");
   const got = await call("POST", api, lines, { "Content-Type": "application/x-ndjson" });
-  done(got.detail ?? `Restored ${who(users)}`);
+  done(got.detail ?? `Restored ${who(users)}`, got.status && (() => restore(users)));
 }
 async function upload(dry, files = $("file").files) {
   const [file] = ($("file").files = files), url = `${api}?conflict=${$("conflict").value}`;
   if (!file) return;
-  const type = /json/i.test(file.name) ? "application/x-ndjson" : "text/csv";
+  const headers = { "Content-Type": /json/i.test(file.name) ? "application/x-ndjson" : "text/csv" };
+  if (!dry) headers["Idempotency-Key"] = file.key ??= Math.random(); // tried again, it adds once
   [$("progress").hidden, $("upload").disabled] = [false, true];
-  const got = await call("POST", `${url}&dry_run=${dry}`, file, { "Content-Type": type });
+  const got = await call("POST", `${url}&dry_run=${dry}`, file, headers);
   const counts = `${got.created} new, ${got.replaced} replaced, ${got.skipped} skipped`;
-  [$("progress").hidden, $("upload").disabled] = [true, Boolean(got.status)];
-  $("report").value = `${file.name}\n${got.status ? why(got) : counts}`;
-  if (dry || got.status) return;
-  $("import").close();
-  done(`Imported: ${counts}`);
+  [$("progress").hidden, $("upload").disabled] = [true, got.status < 500];
+  const here = $("file").files[0] === file; // not closed by now
+  if (here) $("report").value = `${file.name}\n${got.status ? why(got) : counts}`;
+  if (dry || (here && got.status)) return;
+  if (here) $("import").close();
+  done(got.detail ?? `Imported: ${counts}`);
 }
 const acts = { // of the buttons, by their names
   add: ({ parentNode }) => add(parentNode).querySelector("input").focus(),
@@ -4849,10 +4850,10 @@ const acts = { // of the buttons, by their names
     $("ask-title").textContent = `Delete ${who(doomed)}?`;
     $("ask").showModal();
   },
-  async erase() {
+  async erase(_, users = doomed) {
     $("form").close();
-    const told = await Promise.all(doomed.map((one) => change("DELETE", one)));
-    const gone = doomed.filter((_, n) => !told[n].status), fault = told.find((got) => got.status);
+    const told = await Promise.all(users.map((one) => change("DELETE", one)));
+    const gone = users.filter((_, n) => !told[n].status), fault = told.find((got) => got.status);
     const text = fault ? `Not all deleted: ${fault.detail}` : `Deleted ${who(gone)}`;
     choose(gone, false);
     done(text, gone[0] && (() => restore(gone)));
@@ -4880,12 +4881,18 @@ document.ondragover = document.ondrop = (event) => {
 };
 search.oninput = () => // once it has not changed for a while
   setTimeout((text) => search.value === text && q !== text && go({ q: text }), 150, search.value);
+onbeforeunload = $("form").oncancel = (event) => { // Escape and a reload lose nothing typed
+  if (!$("form").open || !changes().length) return;
+  event.preventDefault();
+  $("error").textContent = "Not saved yet. Save, or cancel.";
+};
 $("form").onsubmit = save;
 $("import").onclose = ({ target }) => target.firstChild.reset();
 $("file").onchange = $("conflict").onchange = () => upload(true);
 onscroll = () => list();
 onpopstate = restart;
 document.onvisibilitychange = () => (document.hidden ? stream?.close() : list(true));
+for (const button of document.querySelectorAll(".reader .write")) button.disabled = true;
 restart();
 """  # noqa: E501
 
@@ -4905,31 +4912,26 @@ PAGE_HTML = r"""
   <p>Keys, where no text is typed: <kbd>/</kbd> search, <kbd>n</kbd> new user, <kbd>i</kbd>
     import, <kbd>u</kbd> undo, <kbd>Esc</kbd> unselect, <kbd>?</kbd> this menu</p>
 </nav>
-<main>
-  <noscript><p>This page needs JavaScript. The API does not.</p></noscript>
+<main><noscript><p>This page needs JavaScript. The API does not.</p></noscript>
   <table id="list" aria-label="Users"><thead><tr>
     <th><input id="all" type="checkbox" name="all" aria-label="Select all">
     <th><button name="sort" value="name">Name</button><th>Phone
     <th><button name="sort" value="mail">Mail</button><th>City
   </thead><tbody id="rows"></tbody></table>
-  <section id="state" role="status"><p></p><button hidden></button></section>
-</main>
+  <section id="state" role="status"><p></p><button hidden></button></section></main>
 <div id="toast" role="status"><p></p><button aria-keyshortcuts="u" hidden>Undo</button></div>
-<dialog id="form" aria-labelledby="title"><form novalidate>
-  <h2 id="title" dir="auto"></h2>
+<dialog id="form" aria-labelledby="title"><form novalidate><h2 id="title" dir="auto"></h2>
   <div id="versions"><fieldset id="fields" aria-label="Yours"></fieldset>
     <fieldset id="other" aria-label="Theirs" disabled></fieldset></div>
   <footer><p id="error" class="error" role="alert"></p>
     <button id="delete" type="button" class="danger write" name="remove">Delete…</button>
     <button type="button" name="close">Cancel</button>
-    <button class="primary write">Save</button></footer>
-</form></dialog>
+    <button class="primary write">Save</button></footer></form></dialog>
 <dialog id="import" aria-label="Import users"><form method="dialog"><h2>Import users</h2>
   <label class="field drop">Drop a CSV or NDJSON file here, or choose one
     <input id="file" type="file" accept=".csv,.ndjson,.jsonl,.json"></label>
-  <label class="field">When an id is taken<select id="conflict">
-    <option value="fail">refuse the file<option value="skip">keep the old user
-    <option value="replace">take the new user</select></label>
+  <label class="field">When an id is taken<select id="conflict"><option value="fail">refuse the file
+    <option value="skip">keep the old user<option value="replace">take the new user</select></label>
   <progress id="progress" aria-label="Progress" hidden></progress><output id="report"></output>
   <footer><button>Close</button>
     <button id="upload" type="button" class="primary" name="upload">Import</button></footer>
@@ -4938,8 +4940,7 @@ PAGE_HTML = r"""
   <footer><button>Cancel</button> <button class="danger" name="erase">Delete</button></footer>
 </form></dialog>
 <template id="row"><tr class="user"><td><input type="checkbox"><td><button dir="auto"></button>
-  <td dir="auto"><td dir="auto"><td dir="auto"></template>
-$sheets
+  <td dir="auto"><td dir="auto"><td dir="auto"></template>$sheets
 """  # noqa: E501
 
 
@@ -4962,11 +4963,12 @@ FORM_FIELD = (
 )
 FORM_LIST = (
     '<fieldset name="{0.name}"><legend>{0.title}</legend><small class="error"></small>'
-    '<button type="button" name="add">Add {0.name}</button></fieldset>'
+    '<button type="button" name="add" class="write">Add {0.name}</button></fieldset>'
 )
 FORM_ROW = (
     '<label hidden><input name="id" type="number"></label><small class="error"></small>'
-    '<button type="button" name="drop" aria-label="Remove this {0.name}">×</button>'
+    '<button type="button" name="drop" class="write" aria-label="Remove this {0.name}">'
+    "×</button>"
 )
 
 

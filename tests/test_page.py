@@ -649,6 +649,86 @@ def test_a_second_try_adds_no_second_user(server, visit):
     assert len(server.users("?mail=emmy@example.org")) == 1
 
 
+def test_a_second_try_that_was_changed_says_what_became_of_the_first(server, visit):
+    page = visit(server.url, refusals=True)
+    page.route("**/api/v2/user", lambda route: (route.fetch(), route.abort()))
+    page.keyboard.press("n")
+    form = page.locator("#form")
+    form.get_by_label("Name").fill("Emmy Noether")
+    form.get_by_label("Mail").fill("emmy@example.org")
+    save(page)
+    expect(form.get_by_role("alert")).to_contain_text("did not answer")
+    page.unroute("**/api/v2/user")
+    form.get_by_label("Mail").fill("noether@example.org")
+    save(page)
+    expect(form.get_by_role("alert")).to_contain_text("The first try was saved")
+    assert server.users("?mail=noether@example.org") == []
+    save(page)
+    expect(form).to_be_hidden()
+    assert len(server.users("?q=Emmy")) == 2
+
+
+@pytest.mark.parametrize("fate", ["saved", "deleted", "changed"])
+def test_an_answer_that_comes_late_leaves_the_next_form_alone(server, visit, fate):
+    page = visit(server.url, refusals=True)
+    form, held = page.locator("#form"), []
+
+    def hold(route):
+        held.append(route) if route.request.method == "PATCH" else route.continue_()
+
+    page.route("**/api/v2/user/4", hold)
+    open_user(page, "Ada Lovelace")
+    form.get_by_label("Name").fill("Ada King")
+    save(page)
+    form.get_by_role("button", name="Cancel").click()
+    if fate == "deleted":
+        server.call("DELETE", "/api/v2/user/4")
+    if fate == "changed":
+        server.patch(4, mail="ada.new@example.net")
+    open_user(page, "Grace Hopper")
+    form.get_by_label("Name").fill("Grace B. Hopper")
+    held[0].continue_()
+    said = {"saved": "Ada King", "deleted": "no user", "changed": "someone was faster"}
+    expect(page.locator("#toast")).to_contain_text(said[fate])
+    expect(form.get_by_label("Name")).to_have_value("Grace B. Hopper")
+    expect(page.locator("#other")).to_be_hidden()
+    save(page)
+    expect(form).to_be_hidden()
+    assert server.user(6)["name"] == "Grace B. Hopper"
+    assert len(server.users("?q=Grace")) == 1
+
+
+def test_escape_throws_nothing_away_that_was_typed(server, visit):
+    page = visit(server.url)
+    form = page.locator("#form")
+    open_user(page, "Ada Lovelace")
+    form.get_by_label("Name").press_sequentially("!")
+    page.keyboard.press("Escape")
+    expect(form.get_by_role("alert")).to_contain_text("Not saved yet")
+    expect(form.get_by_label("Name")).to_have_value("Ada Lovelace!")
+    form.get_by_label("Name").press("Backspace")
+    page.keyboard.press("Escape")
+    expect(form).to_be_hidden()
+    page.keyboard.press("n")
+    page.keyboard.press("Escape")
+    expect(form).to_be_hidden()
+
+
+def test_a_reload_asks_where_something_was_typed(server, browser):
+    context = browser.new_context()
+    page, asked = context.new_page(), []
+    page.on("dialog", lambda box: (asked.append(box.type), box.accept()))
+    page.goto(server.url)
+    open_user(page, "Ada Lovelace")
+    page.reload()
+    assert asked == []
+    open_user(page, "Ada Lovelace")
+    page.locator("#form").get_by_label("Name").press_sequentially("!")
+    page.reload()
+    assert asked == ["beforeunload"]
+    context.close()
+
+
 def test_two_people_at_once_see_both_versions_and_choose(server, visit):
     page = visit(server.url, refusals=True)
     form, yours = page.locator("#form"), page.locator("#fields")
@@ -690,6 +770,7 @@ def test_saving_a_user_whom_another_deleted(server, visit):
     save(page)
     expect(form.get_by_role("alert")).not_to_be_empty()
     expect(form.get_by_label("Name")).to_have_value("Noor H.")
+    expect(form.get_by_role("button", name="Delete")).to_be_hidden()
     save(page)
     expect(form).to_be_hidden()
     again = server.users("?mail=noor@example.com")[0]
@@ -759,6 +840,37 @@ def test_several_selected_are_deleted_and_brought_back(server, visit):
             "version": 0,
             "updated": 0,
         }
+
+
+def test_bringing_back_can_be_tried_again(server, serve, visit):
+    page = visit(server.url, refusals=True)
+    select(page, "Zoë Ångström", "Ada Lovelace")
+    page.locator("#bulk").get_by_role("button", name="Delete").click()
+    page.locator("#ask").get_by_role("button", name="Delete").click()
+    expect(page.locator("#toast")).to_contain_text("Deleted 2 users")
+    server.stop()
+    undo = page.locator("#toast").get_by_role("button", name="Undo")
+    undo.click()
+    expect(page.locator("#toast")).to_contain_text("did not answer")
+    server = serve(port=server.port)
+    undo.click()
+    expect(page.locator("#toast")).to_contain_text("Restored 2 users")
+    assert len(server.users("?id=2,4")) == 2
+
+
+def test_a_deletion_under_way_is_not_taken_for_the_next(server, visit):
+    page = visit(server.url)
+    held = []
+    page.route("**/api/v2/user/4", lambda route: held.append(route))
+    open_user(page, "Ada Lovelace")
+    page.locator("#form").get_by_role("button", name="Delete").click()
+    page.locator("#ask").get_by_role("button", name="Delete").click()
+    open_user(page, "Grace Hopper")
+    page.locator("#form").get_by_role("button", name="Delete").click()
+    expect(page.locator("#ask")).to_contain_text("Grace Hopper")
+    held[0].continue_()
+    expect(page.locator("#toast")).to_contain_text("Deleted \u2068Ada Lovelace")
+    expect(page.locator("#ask")).to_be_visible()
 
 
 def test_all_shown_are_selected_by_one_box(server, visit):
@@ -868,6 +980,48 @@ def test_importing_shows_its_progress(server, visit):
     held[0].continue_()
     expect(page.locator("#import")).to_be_hidden()
     assert len(server.users()) == 62
+
+
+def test_an_import_tried_again_adds_nobody_twice(server, visit):
+    page = visit(server.url, refusals=True)
+    drop(page, "people.csv", "mail,name\nnew@example.org,New One\nb@c.de,Zwei\n")
+    expect(page.locator("#report")).to_contain_text("2 new")
+    pattern = "**/api/v2/user?*dry_run=false*"
+    page.route(pattern, lambda route: (route.fetch(), route.abort()))
+    page.locator("#upload").click()
+    expect(page.locator("#report")).to_contain_text("did not answer")
+    page.unroute(pattern)
+    page.locator("#upload").click()
+    expect(page.locator("#toast")).to_contain_text("Imported: 2 new")
+    assert len(server.users()) == 14
+
+
+def test_a_file_put_away_leaves_no_report(server, visit):
+    page = visit(server.url)
+    held, pattern = [], "**/api/v2/user?*dry_run=true*"
+    page.route(pattern, lambda route: held.append(route))
+    drop(page, "people.csv", "mail,name\nnew@example.org,New One\n")
+    expect(page.get_by_role("progressbar")).to_be_visible()
+    page.keyboard.press("Escape")
+    with page.expect_response(pattern):
+        held[0].continue_()
+    page.keyboard.press("i")
+    expect(page.get_by_role("progressbar")).to_be_hidden()
+    expect(page.locator("#report")).to_have_text("")
+
+
+def test_an_import_put_away_still_says_how_it_ended(server, visit):
+    page = visit(server.url, refusals=True)
+    pattern = "**/api/v2/user?*dry_run=false*"
+    held = []
+    page.route(pattern, lambda route: held.append(route))
+    drop(page, "people.csv", "mail,name\nnew@example.org,New One\n")
+    expect(page.locator("#report")).to_contain_text("1 new")
+    page.locator("#upload").click()
+    expect(page.get_by_role("progressbar")).to_be_visible()
+    page.keyboard.press("Escape")
+    held[0].abort()
+    expect(page.locator("#toast")).to_contain_text("did not answer")
 
 
 # Others
@@ -1133,7 +1287,7 @@ def test_every_size_and_scheme(server, visit, width, scheme):
     save(page)
     expect(page.locator("#other")).to_be_visible()
     look("clash")
-    page.keyboard.press("Escape")
+    form.get_by_role("button", name="Cancel").click()
     drop(page, "people.csv", "name,mail\nOne,one@example.org\nTwo,nomail\n,x@y.z\n")
     expect(page.locator("#report")).to_contain_text("Line 4")
     look("import")
@@ -1304,8 +1458,12 @@ def test_who_may_only_read_is_offered_nothing_to_write(serve, visit, tmp_path):
     url = server.url.replace("//", f"//me:{token}@")
     page = visit(url, refusals=True)
     expect(page.get_by_role("button", name="New user")).to_be_hidden()
+    for key in "ni":
+        page.keyboard.press(key)
+        expect(page.locator("dialog[open]")).to_have_count(0)
     open_user(page, "Ada Lovelace")
-    expect(page.get_by_role("button", name="Save")).to_be_hidden()
+    for name in ("Save", "Delete", "Add phone"):
+        expect(page.get_by_role("button", name=name)).to_be_hidden()
 
 
 # The reference, and the judge
