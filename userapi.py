@@ -4565,7 +4565,7 @@ PAGE_STYLE = r"""
   overflow-anchor: none; background: Canvas; --side: max(1rem, 50vw - 38rem);
   --accent: light-dark(#3b56c8, #94a8ff); --red: light-dark(#b3261e, #ff8d83);
   --soft: light-dark(#62656d, #9da0a9); --edge: light-dark(#c6c7c9, #484b53);
-  --line: light-dark(#ececea, #2a2b2e);
+  --line: light-dark(#ececea, #2a2b2e); --on: light-dark(#fff, #121212);
 }
 * { box-sizing: border-box; overflow-wrap: anywhere; }
 [hidden], .reader .write, .open #leave { display: none !important; }
@@ -4579,11 +4579,11 @@ button, select, ::file-selector-button, input:not([type=checkbox]) {
 }
 :is(button, a):hover, .user:has(:hover, :focus, :checked) { background: var(--line); }
 button:disabled { opacity: 0.5; }
-.primary, .primary:hover { border: 0; background: var(--accent); color: Canvas; }
+.primary, .primary:hover { border-color: #0000; background: var(--accent); color: var(--on); }
 .danger, .error { color: var(--red); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 header, footer, #bulk, #toast { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: center; }
-header, thead, footer { position: sticky; top: 0; bottom: 0; background: Canvas; }
+@media (height > 24em) { header, thead { position: sticky; top: 0; background: Canvas; } }
 header { padding: 0.8125rem 0; }
 #count { flex: 1; color: var(--soft); }
 table, thead, tbody { display: block; }
@@ -4616,12 +4616,11 @@ dialog { width: 36rem; padding: 1.5rem 1.5rem 0; }
 dialog::backdrop { background: #0006; }
 footer {
   justify-content: end; margin: 1.5rem -1.5rem 0; padding: 0.875rem 1.5rem;
-  border-top: 1px solid var(--line);
+  position: sticky; bottom: 0; border-top: 1px solid var(--line); background: Canvas;
 }
-footer p { width: 100%; }
 #delete { margin-inline-end: auto; }
 #other:empty, #other button, p:empty { display: none; }
-label, label :is(input, select), progress, output { display: block; width: 100%; }
+label, label :is(input, select), progress, output, footer p { display: block; width: 100%; }
 .field { margin-top: 0.5rem; color: var(--soft); font-size: 0.8125rem; line-height: 1.875; }
 .field > :is(input, select) { font-size: 1rem; }
 .field [aria-invalid] { border-color: var(--red); }

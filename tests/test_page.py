@@ -1234,6 +1234,29 @@ def test_reduced_motion_moves_nothing(server, visit):
     assert page.evaluate("document.getAnimations().length") == 0
 
 
+def test_forced_colours_leave_every_button_a_border_and_a_text(server, visit):
+    page = visit(server.url, forced_colors="active")
+    shown = """(node) => {
+      const { color, backgroundColor, borderTopWidth } = getComputedStyle(node);
+      return color !== backgroundColor && parseFloat(borderTopWidth) > 0;
+    }"""
+    open_user(page, "Ada Lovelace")
+    for button in page.locator(".primary").all():
+        assert button.evaluate(shown), button.inner_text()
+
+
+def test_a_low_window_is_not_filled_by_what_sticks(server, visit):
+    """1280 by 1024 pixels at 400 %, or a telephone on its side."""
+    page = visit(server.url, viewport={"width": 320, "height": 256})
+    page.evaluate("scrollTo(0, 400)")
+    top = "document.querySelector('thead').getBoundingClientRect().bottom"
+    wait_for(page, f"{top} < 0")
+    page.keyboard.press("n")
+    page.keyboard.type("Ada")
+    page.keyboard.press("Escape")
+    expect(page.locator("#error")).to_be_in_viewport()
+
+
 def test_without_javascript_it_says_what_is_needed(server, browser):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
