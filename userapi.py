@@ -3007,7 +3007,7 @@ class Call:
         """
         match = self.header("IF_MATCH")
         if "id" not in self.args:
-            if match not in (None, "*") and self.method != "POST":
+            if match not in (None, "*"):
                 detail = "goes with a write of one user"
                 raise bad_request("header", ("If-Match", detail))
             return None
