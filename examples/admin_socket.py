@@ -17,6 +17,7 @@ from userapi import UserAPI, serve
 
 
 def main(socket: str) -> None:
+    os.umask(0o117)  # all that is made is for the owner and the group
     folder = pathlib.Path(socket).resolve().parent
     recipients = folder / "recipients.txt"
 
@@ -28,7 +29,6 @@ def main(socket: str) -> None:
 
     app = UserAPI(db=str(folder / "users.db"), on_change=write_recipients)
     write_recipients()
-    os.umask(0o117)  # the socket is for the owner and the group
     serve(app, unix=socket)
 
 

@@ -1271,6 +1271,8 @@ def test_example_admin_socket(tmp_path):
     command = [sys.executable, EXAMPLES / "admin_socket.py", path]
     with running(command, str(path), tmp_path / "log", env) as (process, _):
         assert path.stat().st_mode & 0o777 == 0o660
+        for name in ("users.db", "recipients.txt"):
+            assert not (tmp_path / name).stat().st_mode & 0o007
         curl = [program("curl"), "-sS", "--max-time", "20", "--unix-socket", path]
         url = "http://localhost/api/user"
         created = subprocess.run(
