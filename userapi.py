@@ -3416,7 +3416,7 @@ def get_user(call: Call) -> Answer:
     ("create_user", "POST", "/user", "Create a user, or many; CSV and NDJSON are"
         " imported, and their users counted.", ("conflict",), (JSON,), ALL),
     ("replace_users", "PUT", "/user",
-        "Replace name and mail of each of the items' users."),
+        "Replace each of the items' users, as PUT replaces one."),
     ("merge_users", "PATCH", "/user",
         "Merge each of the items into the user that it names (RFC 7396)."),
     ("replace_user", "PUT", "/user/<id:id>",
@@ -3475,7 +3475,7 @@ def get_rows(call: Call) -> Answer:
 
 
 @operations(
-    ("create_{0.name}", "POST", ROWS, "Add a {0.title} to a user, or many."),
+    ("create_{0.name}", "POST", ROWS, "Add one {0.title} to a user, or many."),
     ("replace_{0.plural}", "PUT", ROWS,
         "Replace each {0.title} of a user that the items name."),
     ("merge_{0.plural}", "PATCH", ROWS,
