@@ -5019,7 +5019,8 @@ def test_cors_for_the_origins_that_it_names(connect):
     assert allowed.headers["Access-Control-Allow-Origin"] == FRIEND
     assert "DELETE" in allowed.headers["Access-Control-Allow-Methods"]
     names = allowed.headers["Access-Control-Allow-Headers"].lower()
-    assert {"authorization", "content-type", "if-match"} <= set(re.split(", *", names))
+    sent = {"authorization", "content-type", "if-match", "last-event-id"}
+    assert sent <= set(re.split(", *", names))
     assert "Origin" in allowed.headers["Vary"]
     read_ = client("GET /api/user/1", headers={**there, **bearer(TOKEN)})
     assert read_.status_int == 200

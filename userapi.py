@@ -3633,7 +3633,8 @@ CHALLENGE = [  # in lines of their own, Basic first, as browsers need it
 EXPOSED = "ETag, Location, Link, Retry-After, Idempotency-Replayed"
 #: the ports that need not be said
 IMPLIED = {"http": ":80", "https": ":443"}
-ASKED = "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key"
+ASKED = "Authorization, Content-Type, Idempotency-Key, If-Match, If-None-Match"
+ASKED += ", Last-Event-ID"
 
 
 class Resource(NamedTuple):
