@@ -4677,7 +4677,7 @@ function restart() { // the address holds what is searched and how it is sorted
   search.value = q;
   for (const { value, parentNode } of document.querySelectorAll("th button"))
     parentNode.ariaSort = { [value]: "ascending", [`-${value}`]: "descending" }[sort] ?? "none";
-  [pages, origin] = [[query({ limit: SIZE, count: true })], 0]; // addresses; how many were dropped
+  [pages, origin] = [[query({ limit: SIZE })], 0]; // addresses; how many were dropped
   list(true);
 }
 function go(change) { // to another search or order; typing is one step of the history
@@ -4699,11 +4699,11 @@ async function list(anew) { // the pages near the view
   [latest, shown, timer] = [rows, last, null];
   let n = first;
   for (; n <= last && n < pages.length; n++) {
-    const got = await call("GET", pages[n]);
+    const got = await call("GET", pages[n] + (anew && n === first ? "&count=true" : ""));
     if (rows !== latest) return; // the answer to an older question never wins
     if (got.status) return paint([], 0, why(got));
     rows.push(...got.results.map(row));
-    total = got.total ?? total; // of the first page
+    total = got.total ?? total; // scrolling counts nobody anew
     if (got.next) pages[n + 1] = location.origin + got.next.replace("&count=true", "");
     else pages.length = n + 1;
   }

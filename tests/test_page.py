@@ -397,6 +397,22 @@ def test_the_list_scrolls_to_its_end_and_back_in_a_bounded_document(serve, visit
     expect(page.get_by_role("button", name="User 00001")).to_be_in_viewport()
 
 
+def test_far_down_the_count_is_right_too(serve, visit):
+    server = serve()
+    server.add(*many(1000))
+    page = visit(server.url)
+    row = "+document.querySelector('tr.user')?.getAttribute('aria-rowindex')"
+    for _ in range(200):
+        if page.evaluate(f"{row} > 200"):
+            break
+        page.evaluate("scrollBy(0, innerHeight * 2)")
+        page.evaluate("new Promise(requestAnimationFrame)")
+    assert page.evaluate(f"{row} > 200")
+    server.call("DELETE", "/api/v2/user?id=1,2,500")
+    expect(page.locator("#count")).to_have_text("997")
+    expect(page.get_by_role("table")).to_have_attribute("aria-rowcount", "998")
+
+
 def test_the_list_goes_on_past_what_a_browser_can_lay_out(serve, visit):
     """Some millions of pixels: what is far above is given up then."""
     server = serve()
