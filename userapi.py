@@ -4636,7 +4636,7 @@ legend { padding: 1rem 0 0.5rem; font-weight: 600; }
 :has(+ #other:not(:empty))::before, #other::before { content: attr(aria-label); line-height: 2.5; }
 .drop { padding: 2rem 1rem; border: 2px dashed var(--edge); text-align: center; }
 #file { width: auto; max-width: 100%; margin: auto; padding: 0; border: 0; }
-#report { max-height: 14rem; margin-top: 1rem; overflow: auto; white-space: pre-line; }
+#report { margin-top: 1rem; white-space: pre-line; }
 """  # noqa: E501
 
 PAGE_SCRIPT = r"""
