@@ -1103,14 +1103,20 @@ class Transaction:
         return self
 
     def __exit__(self, kind: Any, fault: BaseException | None, trace: Any) -> None:
+        scope, outer = self.store._scope, self.outer
+        if scope.transaction is not self:  # of coroutines, which would mix their writes
+            outer, late = None, RuntimeError("transactions of one thread overlap")
+            fault = fault or late
         try:
             self.store._end(self, self.keep and fault is None)
         except DATABASE_FAULTS as late:
             fault = fault or late  # what went wrong first is told
         finally:
-            self.store._scope.transaction = self.outer
+            scope.transaction = outer
         if isinstance(fault, DATABASE_FAULTS):
             raise database_problem(fault) from fault
+        if fault and not kind:
+            raise fault
         if self.changes and self.keep and fault is None:
             self.announce()
 
@@ -5504,8 +5510,12 @@ class Connection(asyncio.Protocol):
         """What the application answers: status, headers, body."""
         environ["userapi.began"] = time.perf_counter()
         start: list[Any] = []
+
+        def start_response(*given: Any) -> None:
+            start[:] = given  # a failure may come after what it takes the place of
+
         try:
-            body = self.server.app(environ, lambda *given: start.extend(given))
+            body = self.server.app(environ, start_response)
             return start[0], start[1], body
         except Exception as fault:  # not UserAPI's, but of what is wrapped around it
             return self.server.failed(fault, environ)
