@@ -825,8 +825,9 @@ def test_mounted_without_a_token_only_this_host_gets_in(make, peer, host, status
     assert call(opened, "GET", PREFIX + "/api/user/1", **request).status == 200
 
 
-def test_a_token_counts_below_a_prefix_too(make):
-    mounted = plain_parent(make(seed=False, token="s3cret"))
+@pytest.mark.parametrize("open", [False, True])
+def test_a_token_counts_below_a_prefix_too(make, open):
+    mounted = plain_parent(make(seed=False, token="s3cret", open=open))
     far = {"REMOTE_ADDR": "192.0.2.7", "HTTP_HOST": "users.example"}
     answer = call(mounted, "GET", PREFIX + "/api/user", **far)
     assert answer.status == 401 and "www-authenticate" in dict(answer.headers)
