@@ -6492,6 +6492,13 @@ def test_help_and_version(capfd):
     assert status == 0 and userapi.__version__ in out
 
 
+@pytest.mark.parametrize("name", [*userapi.COMMANDS])
+def test_the_help_of_a_command_explains_each_argument(name):
+    _, _, arguments = userapi.COMMANDS[name]
+    told = {argument for argument, options in arguments.items() if options.get("help")}
+    assert told == {*arguments} - {"action"}  # whose choices say it all
+
+
 def test_every_setting_is_a_flag(capfd):
     out = run_main(capfd, "serve", "--help")[1]
     for setting in userapi.SETTINGS:
