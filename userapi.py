@@ -2847,7 +2847,7 @@ def write_cursor(sort: str, row: Sequence[Any]) -> str:
     return base64.urlsafe_b64encode(cursor).decode().rstrip("=")
 
 
-DIGITS = re.compile("[0-9]{1,16}")
+DIGITS = re.compile("0*([1-9][0-9]{0,15}|0)")
 TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -2856,9 +2856,10 @@ def read_value(value: str, schema: Item) -> Any:
     kind = schema.get("format") or schema["type"]
     if kind == "integer":
         least, most = schema["minimum"], schema["maximum"]
-        if not DIGITS.fullmatch(value) or not least <= int(value) <= most:
+        digits = DIGITS.fullmatch(value)
+        if not digits or not least <= (number := int(digits[1])) <= most:
             raise ValueError(f"is not a whole number from {least} to {most}")
-        return int(value)
+        return number
     if kind == "boolean":
         if value not in TRUTHS:
             raise ValueError("is not true or false")
@@ -3245,8 +3246,8 @@ def csv_item(header: list[str], cells: Any) -> Any:
     item: Item = dict(zip(header, map(unguard, cells)))
     if item.get("id") == "":
         del item["id"]
-    elif "id" in item and DIGITS.fullmatch(item["id"]):
-        item["id"] = int(item["id"])
+    elif "id" in item and (digits := DIGITS.fullmatch(item["id"])):
+        item["id"] = int(digits[1])
     return item
 
 
