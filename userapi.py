@@ -3888,10 +3888,9 @@ class Metrics:
 class UserAPI:
     """The WSGI application (PEP 3333): users out of one database, under any prefix.
 
-    `open=True` leaves it to the host program to say who gets in without a token.
-    `on_change` is called with each change after it is committed. Further keywords are
-    SETTINGS; what is not given comes from `USERAPI_*` variables. Raises SettingError
-    and Problem.
+    `open=True` leaves it to the host program who gets in without a token. `on_change`
+    is called with each change after it is committed. Further keywords are SETTINGS;
+    what is not given comes from `USERAPI_*` variables. Raises SettingError and Problem.
     """
 
     def __init__(
