@@ -4598,7 +4598,7 @@ table, thead, tbody { display: block; }
 thead { top: 6.875rem; }
 tr {
   display: grid; align-items: center; padding: 0.5rem 0; border-bottom: 1px solid var(--line);
-  grid: auto / 2.5rem repeat(auto-fit, minmax(9rem, 4fr) minmax(8rem, 3fr));
+  grid: auto / 2.5rem repeat(auto-fit, minmax(min(9rem, 44%), 4fr) minmax(min(8rem, 39%), 3fr));
 }
 th, td {
   overflow: hidden; padding: 0.25rem 0.5rem; color: var(--soft); font-weight: 400;
@@ -4634,12 +4634,12 @@ label, label :is(input, select), progress, output, footer p { display: block; wi
 .field [aria-invalid] { border-color: var(--red); }
 legend { padding: 1rem 0 0.5rem; font-weight: 600; }
 [name] > .item {
-  display: grid; grid: auto / repeat(auto-fit, minmax(11rem, 1fr)); gap: 0 0.75rem;
+  display: grid; grid: auto / repeat(auto-fit, minmax(min(11rem, 100%), 1fr)); gap: 0 0.75rem;
   position: relative; margin-bottom: 0.5rem; padding: 0 0.75rem 0.75rem;
   border: 1px solid var(--line); border-radius: 10px;
 }
 [name=drop] { position: absolute; right: 0; height: 2rem; border: 0; background: none; }
-#versions { display: grid; grid: auto / repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem; }
+#versions { display: grid; grid: auto / repeat(auto-fit, minmax(min(14em, 100%), 1fr)); gap: 1rem; }
 :has(+ #other:not(:empty))::before, #other::before { content: attr(aria-label); line-height: 2.5; }
 .drop { padding: 2rem 1rem; border: 2px dashed var(--edge); text-align: center; }
 #file { width: auto; max-width: 100%; margin: auto; padding: 0; border: 0; }
@@ -5004,7 +5004,10 @@ nav a { display: block; font-size: 0.8125rem; }
 main { padding: 2rem 0; }
 article { padding: 1.5rem 0; border-top: 1px solid var(--line); }
 p { margin: 0.75rem 0; }
-form { display: grid; grid: auto / repeat(auto-fill, minmax(16rem, 1fr)); gap: 0 1rem; }
+form {
+  display: grid; gap: 0 1rem;
+  grid: auto / repeat(auto-fill, minmax(min(16rem, 100%), 1fr));
+}
 .field { align-self: end; }
 form > :not(label) { grid-column: 1 / -1; justify-self: start; margin-top: 0.75rem; }
 b, code, pre, output, textarea { font: 0.8125rem/1.6 ui-monospace, monospace; }
@@ -5029,9 +5032,10 @@ async function send({ dataset: { method, path }, elements }) {
     else if (place === "header" && value) headers[name] = value;
     else if (place === "query" && value) query.append(name, value);
   }
-  if (method === "DELETE" && !confirm(`${method} ${url}?${query}`)) return "Not sent.";
+  url += `?${query}`;
+  if (!/GET|POST/.test(method) && !confirm(`${method} ${url}`)) return "Not sent.";
   const body = elements.body?.value;
-  const got = await fetch(`${url}?${query}`, { method, headers, body });
+  const got = await fetch(url, { method, headers, body });
   const head = [...got.headers].map((pair) => pair.join(": ")).join("\n");
   const text = (await got.text()).slice(0, 20000); // a list may be long
   return `${got.status} ${got.statusText}\n${head}\n\n${text}`;

@@ -1286,6 +1286,20 @@ def test_forced_colours_leave_every_button_a_border_and_a_text(server, visit):
         assert button.evaluate(shown), button.inner_text()
 
 
+@pytest.mark.parametrize("width, letters", [(320, 16), (360, 24)])
+def test_large_letters_do_not_scroll_sideways(server, visit, width, letters):
+    """320 pixels are 1280 at a zoom of 400 %."""
+    page = visit(server.url, viewport={"width": width, "height": 740})
+    page.evaluate(f"document.documentElement.style.fontSize = '{letters}px'")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    open_user(page, "Ada Lovelace")
+    dialog = page.locator("#form")
+    assert dialog.evaluate("(box) => box.scrollWidth <= box.clientWidth")
+    page.goto(server.url + "docs")
+    page.evaluate(f"document.documentElement.style.fontSize = '{letters}px'")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_a_low_window_is_not_filled_by_what_sticks(server, visit):
     """1280 by 1024 pixels at 400 %, or a telephone on its side."""
     page = visit(server.url, viewport={"width": 320, "height": 256})
@@ -1563,16 +1577,17 @@ def test_the_reference_names_this_server_and_goes_to_the_operation(server, visit
     wait_for(page, "document.querySelector(':target').getBoundingClientRect().y < 2")
 
 
-def test_the_reference_asks_before_it_deletes(server, browser):
+@pytest.mark.parametrize("method", ["DELETE", "PUT", "PATCH"])
+def test_the_reference_asks_before_it_changes_what_is_there(server, browser, method):
     context = browser.new_context()
     page, asked = context.new_page(), []
     page.on("dialog", lambda box: (asked.append(box.message), box.dismiss()))
     page.goto(server.url + "docs")
-    form = page.locator("form[data-method=DELETE][data-path='/api/v2/user/{id}']")
+    form = page.locator(f"form[data-method={method}][data-path='/api/v2/user/{{id}}']")
     form.get_by_role("button", name="Send").click()
     expect(form.locator("output")).to_have_text("Not sent.")
-    assert asked == [f"DELETE {server.url}api/v2/user/1?"]
-    assert len(server.users()) == 12
+    assert asked == [f"{method} {server.url}api/v2/user/1?"]
+    assert (server.user(1)["version"], len(server.users())) == (1, 12)
     context.close()
 
 
