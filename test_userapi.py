@@ -5531,30 +5531,6 @@ def test_a_request_target(method, target, wanted):
     assert found == wanted
 
 
-#: what each of them looks through, over and over if it is written badly.
-ENDLESS = """
-import userapi
-n = 200_000
-for text in ("?" * n, "?a" * n, "&token" * n, "?" + "a" * n):
-    userapi.without_secrets(text + "=")
-for text in ('"' * n, '"' + '\\\\"' * n, ";" * n, "; " * n, ";" + " " * n):
-    userapi.negotiate(text, ("a/b",))
-for text in ('"' * n, "," + " " * n, ',"' * n, "W/" * n):
-    userapi.has_tag(text, '"1"', weak=True)
-for text in (b"http://" + b"a" * n, b"/" + b"?" * n, b"/%" * n, b"a" * n, b" " * n):
-    for end in (b"", b" HTTP/1.1"):
-        try:
-            userapi.parse_line(b"GET " + text + end, {})
-        except userapi.Problem as problem:
-            assert problem.status == 400
-"""
-
-
-def test_nothing_in_a_head_takes_time_without_end():
-    """Of so many characters a step that looks at all of them again is never done."""
-    subprocess.run([sys.executable, "-c", ENDLESS], cwd=HERE, timeout=60, check=True)
-
-
 PIPELINED = (
     b"GET /a?b HTTP/1.1\r\nHost: h\r\n\r\n"
     b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\n12345"

@@ -5260,11 +5260,11 @@ class Parser:
         end = buffer.find(b"\r\n\r\n")
         line_end = buffer.find(b"\r\n", 0, settings.max_line + 2)
         if line_end < 0 and len(buffer) > settings.max_line:
-            raise Problem(414, f"{settings.max_line} bytes are the most")
+            raise Problem(414, f"{settings.max_line} bytes are the most of a line")
         # of CR LF CR LF all but the last may be there
         size = (end if end >= 0 else len(buffer) - 3) - line_end
         if size > settings.max_head and line_end >= 0:
-            raise Problem(431, f"{settings.max_head} bytes are the most")
+            raise Problem(431, f"{settings.max_head} bytes are the most of a head")
         if end < 0:
             if not self.begun:
                 self.begun = True
@@ -5327,7 +5327,7 @@ class Parser:
         self.held += size
         self.server.bodies += size
         if self.held > self.settings.max_body:
-            raise Problem(413, f"{self.settings.max_body} bytes are the most")
+            raise Problem(413, f"{self.settings.max_body} bytes are the most of a body")
         if self.held > UNASKED and not asked:
             self.server.app.admit(Call(self.server.app, dict(self.environ or {})))
         if self.server.bodies > max(self.settings.max_bodies, self.settings.max_body):

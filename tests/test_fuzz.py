@@ -7,6 +7,7 @@ takes about ten minutes a reader; each run of those has other inputs.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import subprocess
@@ -75,14 +76,16 @@ def test_the_head_parser(section):
 @example("http://[::1/")
 @example("/%")
 @example("//evil.example/")
-def test_the_target_parser(target):
+def test_the_request_line_parser(target):
+    line = f"GET {target} HTTP/1.1".encode()
     try:
-        path, query, authority = userapi.parse_target("GET", target)
+        environ = userapi.parse_line(line, {"HTTP_HOST": "h"})
     except userapi.Problem as problem:
         assert problem.status == 400
     else:
-        assert path.startswith("/") and "?" not in (authority or "")
-        assert "#" not in query
+        assert environ["PATH_INFO"].startswith("/")
+        assert not set("/?#") & set(environ["HTTP_HOST"])
+        assert "#" not in environ["QUERY_STRING"]
 
 
 @fuzz
@@ -159,10 +162,20 @@ def test_the_core_suites_rules():
     assert out.returncode == 0 and " passed" in out.stdout, out.stdout + out.stderr
 
 
+def read_line(target: bytes):
+    """A request line with this target, whether it is refused or not."""
+    with contextlib.suppress(userapi.Problem):
+        userapi.parse_line(b"GET " + target + b" HTTP/1.1", {})
+
+
 READERS = {
     "head": lambda n: userapi.parse_fields(b"X: " + b"a" * n + b"\r\n", 64),
     "no head": lambda n: userapi.BARE.search(b"a" * n),
-    "target": lambda n: userapi.parse_target("GET", "/" + "%41" * n),
+    "target": lambda n: read_line(b"/" + b"%41" * n),
+    "target, an authority": lambda n: read_line(b"http://" + b"a" * n + b" "),
+    "target, its end missing": lambda n: read_line(b"/" + b"?" * n + b" "),
+    "secrets": lambda n: userapi.without_secrets("?" * n + "="),
+    "secrets, pairs": lambda n: userapi.without_secrets("&a?token" * n + "="),
     "json": lambda n: userapi.load_json(b"[" + b"1," * n + b"1]"),
     "json, deep": lambda n: pytest.raises(ValueError, userapi.load_json, b"[" * n),
     "json, quotes": lambda n: userapi.load_json(
@@ -183,7 +196,10 @@ READERS = {
         ValueError, userapi.PHONE.by_name["number"].rule(), "1" + " (" * n
     ),
     "accept": lambda n: userapi.negotiate("a/b;q=0.1," * n, (userapi.JSON,)),
+    "accept, a quote": lambda n: userapi.negotiate('"' + '\\"' * n, (userapi.JSON,)),
+    "accept, spaces": lambda n: userapi.negotiate(";" + " " * n, (userapi.JSON,)),
     "tags": lambda n: userapi.has_tag('"' * n, '"1"', weak=False),
+    "tags, spaces": lambda n: userapi.has_tag("," + " " * n, '"1"', weak=False),
 }
 
 
