@@ -5761,6 +5761,7 @@ def test_connections_and_bodies_in_flight_are_bounded(db):
         wait_until(lambda: server.bodies == 0)
 
 
+@of_files("a guard that never has to wait for a database")
 def test_who_is_not_let_in_holds_no_room_for_bodies(db):
     """They are told so before a body that is not short, however it is framed."""
     app = UserAPI(str(db), token="right", max_bodies=1 << 20, max_body=1 << 20)
