@@ -5575,6 +5575,21 @@ def begin(scratch: Any, sent: str) -> userapi.Parser:
     return parser
 
 
+def test_what_a_client_says_again_is_read_as_the_first_time(scratch):
+    """A line and a section that are the last ones' are not taken apart anew."""
+    parser = begin(scratch, "")
+    heads = [("/a", "h"), ("/a", "h"), ("/b", "h"), ("/b", "i"), ("http://j/b", "i")]
+    heads += [("/b", "i"), ("/", "i")]
+    for target, host in heads:
+        parser.buffer += f"GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+    read = []
+    while environ := parser.next_request():
+        read.append((environ.pop("PATH_INFO"), environ.pop("HTTP_HOST")))
+    assert read == [*heads[:4], ("/b", "j"), *heads[5:]]
+    parser.buffer = b"\r\n\r\n"  # which is no line
+    assert what_is_read(parser.next_request) == 400
+
+
 @pytest.mark.parametrize("left", range(1, 5))
 def test_trailers_just_within_the_limit(scratch, left):
     trailers = f"X: {'a' * (scratch.app.settings.max_head - 5)}|"

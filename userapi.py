@@ -5195,22 +5195,21 @@ def parse_line(line: bytes, fields: Environ) -> Environ:
     method, authority, path, query, major, minor = match.groups()
     if major != "1" or minor not in "01":
         raise Problem(505, "speak HTTP/1.1")
-    path = path or "/" * (authority is not None)
+    environ = fields
+    if authority is not None:
+        environ, path = {**fields, "HTTP_HOST": authority}, path or "/"
+        refuse_unless(HOST.fullmatch(authority), "the request target")
     well = path[:1] == "/" or (method, path, query) == ("OPTIONS", "*", None)
-    well = well and not BAD_ESCAPE.search(path) and HOST.fullmatch(authority or "")
-    refuse_unless(well, "the request target")
-    environ = {
-        **fields,
+    refuse_unless(well and not BAD_ESCAPE.search(path), "the request target")
+    return {
+        **environ,
         "REQUEST_METHOD": method,
-        "PATH_INFO": unquote_to_bytes(path).decode("latin-1"),
+        "PATH_INFO": unquote_to_bytes(path).decode("latin-1") if "%" in path else path,
         "QUERY_STRING": query or "",
         "SERVER_PROTOCOL": f"HTTP/1.{minor}",
         "userapi.request": without_secrets(text),
         "userapi.keep": minor == "1",  # the connection, if no field says otherwise
     }
-    if authority is not None:
-        environ["HTTP_HOST"] = authority
-    return environ
 
 
 class Parser:
@@ -5224,6 +5223,8 @@ class Parser:
         self.buffer = b""  # what has arrived and has not been read
         self.section = b"\0"  # the last header section
         self.fields: Environ = {}  # what it says, and what all requests here share
+        self.line = b"\r\n"  # the last request line
+        self.head: Environ = {}  # what it says, and the fields
         self.begun = False  # a part of a head has arrived
         self.environ: Environ | None = None  # the head of a request under way
         self.invites = False  # its client waits to be told to send the body
@@ -5278,8 +5279,10 @@ class Parser:
         if section != self.section:
             fields = parse_fields(section, settings.max_fields)
             self.fields = {**self.server.base, **fields, "REMOTE_ADDR": self.peer}
-            self.section = section
-        self.begin(parse_line(line, self.fields))
+            self.section, self.line = section, b"\r\n"
+        if line != self.line:
+            self.head, self.line = parse_line(line, self.fields), line
+        self.begin(self.head.copy())
         return True
 
     def begin(self, environ: Environ) -> None:
