@@ -2076,9 +2076,11 @@ class Store(Database):
 
     def _outlive(self, items: list[Item]) -> None:
         """Let new users go on from the versions that deleted ones of their ids had."""
-        ids = list_sql([0, *(item["id"] for item in items)])
-        sql = f"SELECT user_id, version FROM graves WHERE user_id IN ({ids})"
-        last = dict(self.rows(sql))
+        last: dict[int, int] = {}
+        for ids in batches(item["id"] for item in items):
+            marks = ", ".join("?" * len(ids))
+            sql = f"SELECT user_id, version FROM graves WHERE user_id IN (0, {marks})"
+            last.update(self.rows(sql, ids))
         for item in items:
             before = max(last.get(item["id"], 0), last.get(0, 0))
             item["version"] = max(item.get("version", 1), before + 1)
@@ -2174,10 +2176,11 @@ class Store(Database):
         self, tx: Transaction, shape: Shape, user: int, numbers: Sequence[int]
     ) -> None:
         """Delete some of a user's rows; `stamp` tells the trigger it is us."""
-        where = f"user_id = {user} AND id IN ({list_sql(numbers)})"
         table, db = f"user_{shape.name}", tx.writer()
-        db.execute(f"UPDATE {table} SET stamp = -1 WHERE {where}")
-        db.execute(f"DELETE FROM {table} WHERE {where}")
+        for some in batches(iter(numbers)):
+            where = f"user_id = ? AND id IN ({', '.join('?' * len(some))})"
+            db.execute(f"UPDATE {table} SET stamp = -1 WHERE {where}", (user, *some))
+            db.execute(f"DELETE FROM {table} WHERE {where}", (user, *some))
 
     def save_rows(
         self,
