@@ -7084,6 +7084,16 @@ def test_a_server_whose_log_nobody_reads_ends_as_any_other(db):
         assert process.stderr.read() == ""
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
+def test_a_server_that_is_told_to_end_before_it_listens_has_done_its_work(tmp_path):
+    os.mkfifo(path := tmp_path / "token", 0o600)
+    argv = [*PROGRAM, "--db", tmp_path / "users.db", "--token-file", path]
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE)
+    with process, path.open("w"):  # from here on it reads
+        process.send_signal(signal.SIGTERM)
+        assert (ended(process), process.stderr.read()) == (0, b"")
+
+
 def test_the_documents_are_printed_on_any_terminal():
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     out = subprocess.run(

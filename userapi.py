@@ -1387,11 +1387,7 @@ class Database:
         self._left: list[Any] = []  # of the parent process, after a fork
         self._held = False  # while this process forks
         if hasattr(os, "register_at_fork") and not self.memory:
-            hooks = [Database._rest, Database._go_on, Database._forget]
-            here = [functools.partial(at_fork, weakref.ref(self), do) for do in hooks]
-            os.register_at_fork(
-                before=here[0], after_in_parent=here[1], after_in_child=here[2]
-            )
+            self._survive_forks()
         self._turn = Transaction(self)
         self._soon: set[tuple[str, tuple[Any, ...]]] = set()
         with self.disk.one_at_a_time():
@@ -1599,8 +1595,16 @@ class Database:
 
     # A fork, which what is in memory is copied by, and no connection may cross
 
-    def _rest(self) -> None:
-        """Before it: let other threads end what they do, and close what is open, or the
+    def _survive_forks(self) -> None:
+        hook = functools.partial(functools.partial, at_fork, weakref.ref(self))
+        os.register_at_fork(
+            before=hook(Database._before_fork),
+            after_in_parent=hook(Database._after_fork_in_parent),
+            after_in_child=hook(Database._after_fork_in_child),
+        )
+
+    def _before_fork(self) -> None:
+        """Let other threads end what they do, and close what is open, or the
         child's SQLite believes that it holds the locks of the parent, which it does not
         inherit; another process would then delete the log that it writes to."""
         mine = {self.begun()} - {None}
@@ -1615,17 +1619,16 @@ class Database:
             self._group.close()
             self._group = None
 
-    def _go_on(self) -> None:
-        """After it, in the parent."""
+    def _after_fork_in_parent(self) -> None:
         held, self._held = self._held, False
         if held:
             self._writing.release()
         if self._is_in_turn() and not self._group:
             self.open_group()
 
-    def _forget(self) -> None:
-        """After it, in the child: leave alone what is open all the same, as to close it
-        would drop the parent's locks, and what the parent writes."""
+    def _after_fork_in_child(self) -> None:
+        """Leave alone what is open all the same, as to close it would drop the parent's
+        locks, and what the parent writes."""
         self._left.extend((self._made, self._group))
         self._pool, self._made, self._writing = [], set(), threading.Lock()
         self._group, self._group_thread = None, 0
@@ -1707,8 +1710,9 @@ class Database:
         db = whole.writer()
         if whole.fault:
             raise whole.fault
-        if tx.frees or tx.outer:  # it writes its log itself: to take that back takes
-            try:  # nothing else, and what came before stands before it
+        if tx.frees or tx.outer:
+            try:  # this part writes its log itself: behind what came before, as to take
+                # it back must not take that back as well
                 self._write_log(db, whole)
             except DATABASE_FAULTS as fault:
                 whole.fault = fault
@@ -2433,7 +2437,7 @@ class Saving:
         return [statement for _, _, statement in made]
 
     def highest(self) -> int:
-        """The highest id that there has been."""
+        """The highest id that there has been; noted, as long as no user is created."""
         found = self.store._highest_id(self.tx.writer())
         if not self.counts["created"]:
             self.before = found
@@ -4388,7 +4392,8 @@ def responses_of(op: Operation, form: str) -> Item:
     headers = {name: {"schema": STRING} for name in EXPOSED.split(", ") if name in due}
     status, _, done = STATUS[op.status].partition(" ")
     success = {"description": done, "content": content, "headers": headers}
-    known = {"304": {"description": "Not modified"}} if "If-None-Match" in due else {}
+    unchanged = {"description": "Not modified", "headers": {"ETag": {"schema": STRING}}}
+    known = {"304": unchanged} if "If-None-Match" in due else {}
     problems = {str(n): ref(f"Problem{n}", "responses") for n in PROBLEMS if n in due}
     return {status: success, **known, **problems}
 
@@ -4729,6 +4734,7 @@ function paint(rows, index, fault = "") {
   choose([]);
   if (fault || total) say("state", fault, fault && restart, "Try again");
   else if (q) say("state", `No name or mail holds “${q}”.`, () => go({ q: "" }), "Show all");
+  else if ($("new").disabled) say("state", "No users yet."); // for who only reads
   else say("state", "No users yet. Add one, or drop a file here.", acts.create, "New user");
   if (!(stream?.readyState < EventSource.CLOSED)) follow();
 }
@@ -4862,7 +4868,9 @@ const acts = { // of the buttons, by their names
   },
   async erase(_, users = doomed) {
     $("form").close();
-    const told = await Promise.all(users.map((one) => change("DELETE", one)));
+    const some = (n) => Promise.all(users.slice(n, n + 500).map((one) => change("DELETE", one)));
+    const told = []; // of portions, as a browser gives up thousands at once
+    while (told.length < users.length) told.push(...(await some(told.length)));
     const gone = users.filter((_, n) => !told[n].status), fault = told.find((got) => got.status);
     const text = fault ? `Not all deleted: ${fault.detail}` : `Deleted ${who(gone)}`;
     choose(gone, false);
@@ -6243,11 +6251,12 @@ def flush_output() -> None:
 
 
 def run_serve(**given: Any) -> None:
-    settings = Settings(given)
-    if not settings.token and is_missing(settings.db):
-        refuse_exposed(settings)  # before a database is made
-    allow_files()
-    serve(UserAPI(**given))
+    with contextlib.suppress(KeyboardInterrupt):  # by a signal before it listens
+        settings = Settings(given)
+        if not settings.token and is_missing(settings.db):
+            refuse_exposed(settings)  # before a database is made
+        allow_files()
+        serve(UserAPI(**given))
     with contextlib.suppress(OSError):  # who reads the log may have gone
         flush_output()
 

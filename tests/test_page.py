@@ -7,6 +7,7 @@ Content-Security-Policy, a script out of somebody's data) is watched in all of t
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -14,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -883,6 +885,17 @@ def test_bringing_back_can_be_tried_again(server, serve, visit):
     assert len(server.users("?id=2,4")) == 2
 
 
+def test_thousands_are_deleted_at_once(serve, visit):
+    server = serve()
+    server.add(*many(4300))
+    page = visit(server.url)
+    page.evaluate("(users) => choose(users, true)", server.users())
+    page.locator("#bulk").get_by_role("button", name="Delete").click()
+    page.locator("#ask").get_by_role("button", name="Delete").click()
+    expect(page.locator("#toast")).to_contain_text("Deleted 4300 users")
+    assert server.users() == []
+
+
 def test_a_deletion_under_way_is_not_taken_for_the_next(server, visit):
     page = visit(server.url)
     held = []
@@ -1542,6 +1555,11 @@ def test_who_may_only_read_is_offered_nothing_to_write(serve, visit, tmp_path):
     open_user(page, "Ada Lovelace")
     for name in ("Save", "Delete", "Add phone"):
         expect(page.get_by_role("button", name=name)).to_be_hidden()
+    page.get_by_role("button", name="Cancel").click()
+    with contextlib.closing(sqlite3.connect(db)) as other, other:
+        other.execute("DELETE FROM users")
+    expect(page.locator("#state")).to_have_text("No users yet.")
+    expect(page.get_by_role("button", name="New user")).to_be_hidden()
 
 
 # The reference, and the judge
