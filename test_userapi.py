@@ -6586,7 +6586,7 @@ def test_nobody_opens_a_new_database_while_it_is_filled(tmp_path, monkeypatch):
     monkeypatch.setattr(userapi.Database, "patience", 0.1)
     db = str(tmp_path / "new.db")
     store = userapi.Store(db)
-    store.do_without_log()
+    store.expect_many()
     with store.transaction():
         store.create_users([{"name": "A", "mail": "a@b"}])
         with pytest.raises(Problem) as refused:

@@ -327,6 +327,41 @@ def test_killed_at_any_moment_it_keeps_what_it_acknowledged(tmp_path):
     print(f"\n{KILLS} kills under {len(writers)} writers: {total} acknowledged, 0 lost")
 
 
+def rows_after_a_kill(path, sql):
+    """What stands in a database that is in use, if all who use it were killed now."""
+    copy = f"{path}.copy"
+    for end in ("", "-wal"):
+        shutil.copy(f"{path}{end}", f"{copy}{end}")
+    return rows(copy, sql)
+
+
+def test_what_follows_a_large_dry_run_outlives_a_kill(tmp_path):
+    path = tmp_path / "users.db"
+    with Server(path) as server:
+        client = Client(server)
+        accepted(client, "POST", "/user", user("before"))
+        large = [user("large" * 30, number) for number in range(10_000)]
+        assert client("POST", "/user?dry_run=true", large).status == 201
+        accepted(client, "POST", "/user", user("after"))
+        found = rows_after_a_kill(path, "SELECT user_name FROM users")
+        assert found == [("before",), ("after",)]
+
+
+def test_a_large_part_that_was_taken_back_takes_nothing_along(tmp_path):
+    path = tmp_path / "users.db"
+    store = userapi.Store(str(path))
+    with store.transaction():
+        store.create_users([user("before")])
+        with pytest.raises(userapi.Problem), store.transaction():
+            store.create_users([user("large" * 30, n) for n in range(9999)])
+            store.create_users([{**user("taken"), "id": 1}])
+        store.create_users([user("after")])
+    store.create_users([user("later")])
+    found = rows_after_a_kill(path, "SELECT user_name FROM users")
+    assert found == [("before",), ("after",), ("later",)]
+    store.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("beside", ["alone", "beside a server"])
 def test_an_import_that_is_killed_has_done_all_or_nothing(tmp_path, beside):
