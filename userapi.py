@@ -5150,6 +5150,7 @@ HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]
 #: fields that tell of a body
 WITH_BODIES = frozenset(("HTTP_TRANSFER_ENCODING", "CONTENT_LENGTH", "HTTP_EXPECT"))
 ALONE = frozenset(("HTTP_HOST", "CONTENT_LENGTH", "CONTENT_TYPE", "HTTP_AUTHORIZATION"))
+BACKLOG = 1024  # connections that wait to be accepted
 READ_SIZE = 256 * 1024  # bytes that a connection may have read ahead
 UNASKED = 64 * 1024  # bytes of a body that are taken before the guard is asked
 SEND_SIZE = 64 * 1024  # bytes that may wait for the end of the turn
@@ -5815,7 +5816,7 @@ class Server:
         self.waiting: list[Turn] = []
         self.sync_time = 1.0  # seconds that a commit takes of late
         self.committing = self.stopping = self.logging = False
-        self.bodies = 0
+        self.bodies = self.handshakes = 0
         self.lines: list[str] = []
         self.log_room = LOG_ROOM
         self.seen: set[str] = set()
@@ -6034,7 +6035,7 @@ class Server:
             self.store.open_group()
         self.sweep()
         self.handle_signals()
-        servers = await self.listen(sockets)
+        listeners = [await self.listen(sock) for sock in sockets]
         ready()
         notify("READY=1")
         await self.stopped.wait()
@@ -6045,8 +6046,8 @@ class Server:
         await asyncio.sleep(0)
         if is_socket(self.settings.unix) and not handed_over():
             os.unlink(self.settings.unix)  # later it might be a successor's
-        for server in servers:
-            server.close()
+        for end in listeners:
+            end()
         await self.drain()
         self.sweeper.cancel()
         if self.logging or self.remote and (self.readers.busy or self.committing):
@@ -6060,21 +6061,49 @@ class Server:
             self.seen.add(context["message"])
             loop.default_exception_handler(context)
 
-    async def listen(self, sockets: list[socket.socket]) -> list[asyncio.Server]:
-        tls = make_tls(self.settings) if self.settings.cert else None
-        for sock in sockets:  # so that what a client takes is seen, bit by bit
-            with contextlib.suppress(AttributeError, OSError):  # a Unix socket, Windows
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 1 << 17)
-        return [
-            await self.loop.create_server(
-                lambda: Connection(self),
-                sock=sock,
-                ssl=tls,
-                backlog=1024,
-                ssl_handshake_timeout=self.settings.head_timeout if tls else None,
-            )
-            for sock in sockets
-        ]
+    async def listen(self, sock: socket.socket) -> Callable[[], object]:
+        """Accept connections, until the function that it gives is called."""
+        with contextlib.suppress(AttributeError, OSError):  # a Unix socket, Windows
+            # so that what a client takes is seen, bit by bit
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 1 << 17)
+        if self.settings.cert:
+            sock.listen(BACKLOG)
+            sock.setblocking(False)
+            accepting = self.accept(sock, make_tls(self.settings))
+            return self.loop.create_task(accepting).cancel
+        server = await self.loop.create_server(
+            lambda: Connection(self), sock=sock, backlog=BACKLOG
+        )
+        return server.close
+
+    async def accept(self, listener: socket.socket, tls: Any) -> None:
+        """Accept connections that are to become TLS, no more of them than there may be
+        afterwards: each takes a third of a megabyte from its first byte."""
+        with listener:
+            while True:
+                await asyncio.sleep(0)  # others have their turn, however many come
+                try:
+                    sock, _ = await self.loop.sock_accept(listener)
+                except OSError:  # as many files are open as may be
+                    await asyncio.sleep(1)
+                    continue
+                if self.handshakes < self.settings.max_connections:
+                    self.handshakes += 1
+                    self.loop.create_task(self.shake_hands(sock, tls))
+                else:
+                    sock.close()
+
+    async def shake_hands(self, sock: socket.socket, tls: Any) -> None:
+        try:
+            with contextlib.suppress(OSError):  # the client gave up, or speaks no TLS
+                await self.loop.connect_accepted_socket(
+                    lambda: Connection(self),
+                    sock,
+                    ssl=tls,
+                    ssl_handshake_timeout=self.settings.head_timeout,
+                )
+        finally:
+            self.handshakes -= 1
 
     def handle_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):

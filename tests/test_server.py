@@ -2353,6 +2353,31 @@ def test_who_speaks_no_tls_harms_nobody(secure, trust):
             assert client.ask(request("GET", "/api/user/1")).status == 200
 
 
+@linux
+def test_handshakes_that_do_not_end_take_bounded_room(certificate, trust, tmp_path):
+    """Each takes a third of a megabyte from the first byte, and asks for no token."""
+    cert, key = certificate
+    few = ("--cert", cert, "--key", key, "--max-connections", "20")
+    with Server(tmp_path, *few) as server, contextlib.ExitStack() as stack:
+        before = server.memory()
+        idle = [stack.enter_context(Client(server)) for _ in range(400)]
+        assert [client.rest() for client in idle[20:]] == [b""] * 380
+        assert server.memory() - before < 16 * MIB
+        for client in idle:
+            client.close()
+
+        def let_in():
+            with contextlib.suppress(OSError), Client(server, tls=trust) as client:
+                return client.ask(request("GET", "/health")).status == 200
+
+        wait_for(let_in, "room for others")
+        for _ in range(20):
+            client = stack.enter_context(Client(server, tls=trust))
+            assert client.ask(request("GET", "/health")).status == 200
+        with Client(server, tls=trust) as client:
+            assert client.answer().status == 503
+
+
 #: Become the server with descriptor 3 as systemd's protocol has it.
 HAND_OVER = """
 import os, sys
