@@ -33,7 +33,7 @@ if (
     and sys.stderr
     and sys.executable
     and hasattr(os, "memfd_create")
-    and globals().get("__spec__", "") is None  # a script, and not yet the fresh one
+    and sys._getframe().f_back is None  # by no tool, and not yet the fresh one
 ):
     # To compile this file takes 10 MiB that the process never gives back: a fresh one
     # (of the same pid) goes on with the compiled code.
@@ -44,7 +44,7 @@ if (
         begin = (
             "import marshal, sys; m = sys.modules['__main__'] = type(sys)('__main__');"
             f"f = open({file}, 'rb'); c, sys.path[:], sys.argv[:] = marshal.load(f);"
-            "f.close(); m.__file__ = c.co_filename; del m.__spec__; exec(c, m.__dict__)"
+            "f.close(); m.__file__ = c.co_filename; exec(c, m.__dict__)"
         )
         if os.pwrite(file, code, 0) == len(code):
             os.execv(sys.executable, [sys.executable, *flags, "-c", begin, *sys.argv])
@@ -1435,6 +1435,8 @@ class Database:
         beside = [end for end in ends if os.path.exists(self.path + end)]
         if not os.path.isfile(self.path):  # a folder, a device, a pipe
             raise Problem(503, "is no file")
+        if not size and beside == ["-journal"] and self._is_first_journal():
+            return
         if size < 512 and (size or beside):
             detail = (
                 f"empty, with a {beside[0]} file beside it" if beside else "too small"
@@ -1442,6 +1444,13 @@ class Database:
             raise Problem(503, f"is no SQLite database: {detail}")
         if size:
             self._examine_safely(beside, size)
+
+    def _is_first_journal(self) -> bool:
+        """Whether the journal is of the very first write, which was cut off: it says
+        that the file had no pages."""
+        with contextlib.suppress(OSError), open(f"{self.path}-journal", "rb") as file:
+            return not any(file.read(20)[16:])
+        return False
 
     def _examine_safely(self, beside: list[str], size: int) -> None:
         try:

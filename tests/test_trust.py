@@ -807,6 +807,21 @@ def test_it_starts_where_it_may_not_start_itself_anew(call):
     assert done.stdout == f"{userapi.__version__}\n"
 
 
+def test_a_debugger_or_profiler_runs_it_itself(tmp_path):
+    """They run the script out of a module of their own, with its flags."""
+    tool = tmp_path / "tool.py"
+    tool.write_text(
+        "import runpy, sys\n"
+        "assert sys.argv.pop(1) == '--tools-own'\n"
+        "del sys.argv[0]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = [sys.executable, tool, "--tools-own", userapi.__file__, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert done.stdout == f"{userapi.__version__}\n"
+
+
 @pytest.mark.parametrize("what", ["statfs:error=ENOSYS", "clone,clone3:error=EAGAIN"])
 def test_it_serves_where_no_room_is_told_or_no_thread_started(tmp_path, what):
     trace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"inject={what}"]
@@ -2348,6 +2363,22 @@ def test_a_migration_killed_at_any_write(tmp_path, calls):
         if done.returncode == 0:
             break
     assert seen[0], "it was always too late"
+
+
+@pytest.mark.parametrize("length", [512, 0])
+def test_a_first_start_that_was_cut_off_is_made_up_for(tmp_path, length):
+    path, cut = tmp_path / "users.db", tmp_path / "cut.db"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("BEGIN")
+        db.execute("CREATE TABLE users (user_id INTEGER PRIMARY KEY)")
+        shutil.copy(path, cut)
+        shutil.copy(f"{path}-journal", f"{cut}-journal")
+    assert (cut.stat().st_size, Path(f"{cut}-journal").stat().st_size) == (0, 512)
+    os.truncate(f"{cut}-journal", length)
+    store = userapi.Store(str(cut))
+    store.create_users([user("Ada")])
+    store.close()
+    assert_whole(cut)
 
 
 @pytest.mark.slow
