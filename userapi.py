@@ -5160,7 +5160,8 @@ HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]
 WITH_BODIES = frozenset(("HTTP_TRANSFER_ENCODING", "CONTENT_LENGTH", "HTTP_EXPECT"))
 ALONE = frozenset(("HTTP_HOST", "CONTENT_LENGTH", "CONTENT_TYPE", "HTTP_AUTHORIZATION"))
 BACKLOG = 1024  # connections that wait to be accepted
-READ_SIZE = 256 * 1024  # bytes that a connection may have read ahead
+READ_SIZE = 64 * 1024  # bytes that are read at a time
+BODY_RATE = 256 * 1024  # bytes of a body for which it has a second more
 UNASKED = 64 * 1024  # bytes of a body that are taken before the guard is asked
 SEND_SIZE = 64 * 1024  # bytes that may wait for the end of the turn
 WAKE = 0.2  # seconds after which a stream that had nothing is asked again
@@ -5342,7 +5343,7 @@ class Parser:
         if coding is not None or size:
             self.body, self.chunked = bytearray(), coding is not None
             self.missing = size
-            seconds = self.settings.body_timeout + size / READ_SIZE
+            seconds = self.settings.body_timeout + size / BODY_RATE
             self.deadline = time.monotonic() + seconds
             if modern and "HTTP_EXPECT" in environ and not self.buffer:
                 if not self.server.remote:  # there the guard may wait for the database
@@ -5436,7 +5437,7 @@ class Parser:
         return end + 4
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One client: its requests are answered one by one, in order (RFC 9112)."""
 
     def __init__(self, server: Server) -> None:
@@ -5448,7 +5449,7 @@ class Connection(asyncio.Protocol):
         self.refused = False  # a request was not read to its end
         self.paused = False  # the client does not take what is written
         self.ended = False  # the client will send no more
-        self.full = False  # so much has been read ahead that reading is paused
+        self.full = False  # enough has been read ahead: reading is paused
         self.stream: Iterator[bytes] | None = None
         self.chunked = False  # is how the stream is sent
         self.written = self.taken = 0
@@ -5474,17 +5475,18 @@ class Connection(asyncio.Protocol):
             self.server.note(self.streamed)
         self.end_stream()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.server.inbox
+
+    def buffer_updated(self, size: int) -> None:
         if self.closing:
             return
-        parser = self.parser
+        parser, data = self.parser, self.server.inbox[:size].tobytes()
         parser.buffer = parser.buffer + data if parser.buffer else data
         if self.busy or self.paused or self.working:
-            if len(parser.buffer) > READ_SIZE:
-                self.full = True
-                self.transport.pause_reading()
-            return
-        self.work()
+            self.read_no_more()
+        else:
+            self.work()
 
     def eof_received(self) -> bool:
         self.ended = True
@@ -5494,6 +5496,7 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.paused = True
+        self.read_no_more()
 
     def resume_writing(self) -> None:
         self.paused = False
@@ -5515,7 +5518,7 @@ class Connection(asyncio.Protocol):
         self.working = False
         if self.ended and not self.busy and not self.paused:
             self.close()
-        elif self.full and not self.busy and len(self.parser.buffer) < READ_SIZE:
+        elif self.full and not self.busy and not self.paused:
             self.full = False
             self.resume()
 
@@ -5700,6 +5703,12 @@ class Connection(asyncio.Protocol):
         self.resume()
         self.server.loop.call_later(DRAIN, self.transport.close)
 
+    def read_no_more(self) -> None:
+        """Leave it to the client to keep what it sends, until what it sent before is
+        answered, and taken: many who take nothing would fill the memory."""
+        self.full = True
+        self.transport.pause_reading()
+
     def resume(self) -> None:
         """Read on, if there is still a client: over TLS, before Python 3.11, its
         transport has gone a moment before connection_lost() says so."""
@@ -5826,6 +5835,7 @@ class Server:
         self.sync_time = 1.0  # seconds that a commit takes of late
         self.committing = self.stopping = self.logging = False
         self.bodies = self.handshakes = 0
+        self.inbox = memoryview(bytearray(READ_SIZE))  # of all, one after the other
         self.lines: list[str] = []
         self.log_room = LOG_ROOM
         self.seen: set[str] = set()

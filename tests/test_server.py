@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import select
 import signal
 import socket
 import sqlite3
@@ -1658,6 +1659,24 @@ def test_a_long_head_is_no_stream(crowded):
         for _ in range(20):
             assert client.answer("HEAD").status == 200
         assert client.answer().json()["results"][0]["id"] == 7
+
+
+@linux
+def test_who_asks_and_takes_no_answer_fills_no_memory(tmp_path):
+    asked = request("GET", "/health") * 3000
+    with Server(tmp_path) as server, contextlib.ExitStack() as stack:
+        before = server.memory()
+        rude = [Client(server, window=4096) for _ in range(100)]
+        for client in rude:
+            stack.enter_context(client).socket.setblocking(False)
+        sockets, more = [client.socket for client in rude], True
+        while more:  # until nobody has taken anything for a while
+            more = select.select([], sockets, [], 0.5)[1]
+            for each in more:
+                each.send(asked)
+        assert server.memory() - before < 100 * 0.3 * MIB
+        with Client(server) as client:
+            assert client.ask(request("GET", "/health")).status == 200
 
 
 @linux
