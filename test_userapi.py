@@ -4224,6 +4224,16 @@ def test_events_resume(client, stream, query, headers, first):
     assert stream(client, query, **headers).read(1)[0][0] == first
 
 
+def test_streams_are_told_the_same_each_from_its_place(client, stream):
+    first, late, other = (stream(client, f"?since={seq}") for seq in (4, 2, 4))
+    client("DELETE /api/user/1")
+    assert first.read(1) == other.read(1) == late.read(3)[2:]
+    client("DELETE /api/user/2")
+    assert late.read(1) == first.read(1)
+    client("DELETE /api/user/3")
+    assert [seq for seq, _ in other.read(2)] == [6, 7]
+
+
 def test_events_older_than_the_log_are_a_410(connect, stream):
     client = connect(keep_changes=2)
     for number in range(5):

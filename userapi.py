@@ -3585,16 +3585,24 @@ def list_changes(call: Call) -> Answer:
     return Answer(f'{{"results": [{members}]{tail}}}'.encode(), headers)
 
 
-def new_changes(call: Call, since: int | None) -> Rows | None:
-    """The next rows of an event stream; None where it has to end, as its client was
-    left behind (which the next try is told) or lost its token."""
+def next_events(call: Call, since: int | None) -> tuple[int | None, bytes] | None:
+    """The next events of a stream, if there are any, with the seq of the last; None
+    where it has to end, as its client was left behind (which the next try is told) or
+    lost its token. Many streams are equally far: what one is told is kept for others.
+    """
     try:
-        rows = call.store.changes(since, PAGE_ROWS)
-        if rows:
-            call.app.guard.admit(call)
-        return rows
+        first, last, text = call.app.told
+        if first != since:
+            rows = call.store.changes(since, PAGE_ROWS)
+            if not rows:
+                return since, b""
+            last = rows[-1][1]
+            text = b"".join(b"id: %d\ndata: %b\n\n" % (n, c.encode()) for c, n in rows)
+            call.app.told = since, last, text
+        call.app.guard.admit(call)
+        return last, text
     except Problem as problem:
-        return [] if problem.status == 503 else None
+        return (since, b"") if problem.status == 503 else None
 
 
 def events(call: Call, since: int | None) -> Iterator[bytes]:
@@ -3607,11 +3615,11 @@ def events(call: Call, since: int | None) -> Iterator[bytes]:
     ours = "userapi.server" in call.environ
     began = silent = time.monotonic()
     yield b"retry: 1000\n\n"
-    while (rows := new_changes(call, since)) is not None:
-        if rows:
-            since, silent = rows[-1][1], time.monotonic()
-            lines = (f"id: {seq}\ndata: {change}\n\n" for change, seq in rows)
-            yield "".join(lines).encode()
+    while found := next_events(call, since):
+        since, text = found
+        if text:
+            silent = time.monotonic()
+            yield text
         elif time.monotonic() - silent > HEARTBEAT:
             silent = time.monotonic()
             yield b": still here\n\n"
@@ -3926,6 +3934,8 @@ class UserAPI:
         self.guard = Guard(self.settings, self.store, open)
         self.router, self.metrics = build_router(), Metrics()
         self.kept: dict[Any, tuple[int, Body, Headers]] = {}  # short lists
+        #: after which seq, up to which, what an event stream was last told
+        self.told: tuple[int | None, int, bytes] = -1, -1, b""
 
     def configure(self, given: dict[str, Any]) -> None:
         """Take over other settings, but for those of the store that was opened. Raises
@@ -5165,6 +5175,7 @@ BODY_RATE = 256 * 1024  # bytes of a body for which it has a second more
 UNASKED = 64 * 1024  # bytes of a body that are taken before the guard is asked
 SEND_SIZE = 64 * 1024  # bytes that may wait for the end of the turn
 WAKE = 0.2  # seconds after which a stream that had nothing is asked again
+PAUSE = 0.05  # seconds between two commits after which streams are asked
 THREADS = 4  # threads that read where the database is not in this process
 SLOW_SYNC = 0.002  # seconds from which on a commit is given to a thread
 GATHER = 0.01  # seconds for which a group takes up what comes while it is run
@@ -5832,6 +5843,7 @@ class Server:
         self.sleeping: set[Connection] = set()
         self.sending: list[Connection] = []
         self.waiting: list[Turn] = []
+        self.woken = 0.0  # when streams were last asked
         self.sync_time = 1.0  # seconds that a commit takes of late
         self.committing = self.stopping = self.logging = False
         self.bodies = self.handshakes = 0
@@ -5963,7 +5975,7 @@ class Server:
         self.send_all()
         if fault is None:
             self.store.announce_group()
-            self.wake()
+            self.wake_soon()
         if self.waiting:
             self.loop.call_soon(self.flush)
 
@@ -5980,7 +5992,16 @@ class Server:
             self.alarm = self.loop.call_later(WAKE, self.wake)
         self.sleeping.add(connection)
 
+    def wake_soon(self) -> None:
+        """Ask them after a commit, at once if the last time was a while ago: what many
+        are told takes longer than what one has written."""
+        if self.sleeping:
+            self.alarm.cancel()
+            when = max(self.loop.time(), self.woken + PAUSE)
+            self.alarm = self.loop.call_at(when, self.wake)
+
     def wake(self) -> None:
+        self.woken = self.loop.time()
         sleeping, self.sleeping = self.sleeping, set()
         if sleeping:
             self.alarm.cancel()
