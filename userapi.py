@@ -3566,7 +3566,8 @@ HEARTBEAT = 15  # seconds of silence after which an event stream says that it li
         ("since", "limit"), (JSON, EVENTS)),
 )  # fmt: skip
 def list_changes(call: Call) -> Answer:
-    """The log after `since` or Last-Event-ID, as a list or as events. Problem 410."""
+    """The log after `since` as a list, or as events, for which Last-Event-ID beats it.
+    Problem 410."""
     since, limit = call.params.get("since"), call.params.get("limit")
     last = call.header("LAST_EVENT_ID")
     try:
