@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import re
 import secrets
 import select
@@ -760,6 +761,13 @@ def test_there_is_a_problem_for_each_status_of_the_contract():
         body = json.loads(Problem(status, "because").body())
         assert (body["status"], body["code"], body["detail"]) == (status, 1, "because")
         assert body["title"] and body["message"] == "FAILURE" and "errors" not in body
+
+
+def test_a_problem_comes_out_of_a_process_pool_as_it_was():
+    errors = [{"pointer": "#/item/name", "detail": "is required"}]
+    problem = Problem(503, "later", errors, [("Retry-After", "5")], total=3)
+    again = pickle.loads(pickle.dumps(problem))
+    assert (vars(again), str(again)) == (vars(problem), "later")
 
 
 class BrokenInput(io.BytesIO):

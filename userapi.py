@@ -306,9 +306,12 @@ class Problem(Exception):
         headers: Headers = (),
         **more: Any,
     ) -> None:
-        super().__init__(detail)
+        super().__init__(status, detail)  # as pickle and copy make it again
         self.status, self.detail, self.headers = status, detail, list(headers)
         self.errors, self.more = list(errors), more
+
+    def __str__(self) -> str:
+        return self.detail
 
     def body(self) -> bytes:
         """The problem as application/problem+json."""
