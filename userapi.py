@@ -81,7 +81,7 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode
 
 try:
-    import bottle
+    import bottle  # type: ignore[import-untyped,unused-ignore]
 except ImportError:
     missing = (
         "Bottle is missing: 'pip install bottle', the package python3-bottle of your"
@@ -2729,7 +2729,7 @@ class Postgres:
     def __init__(self, url: str, outage: Outage | None = None) -> None:
         self.outage = outage or Outage()
         try:
-            import psycopg
+            import psycopg  # type: ignore[import-not-found,unused-ignore]
 
             given = psycopg.conninfo.conninfo_to_dict(url)
         except ImportError:
