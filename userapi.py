@@ -34,6 +34,7 @@ if (
     and sys.executable
     and hasattr(os, "memfd_create")
     and sys._getframe().f_back is None  # by no tool, and not yet the fresh one
+    and sys._getframe().f_code.co_filename.endswith(sys.argv[0])  # it is not frozen
 ):
     # To compile this file takes 10 MiB that the process never gives back: a fresh one
     # (of the same pid) goes on with the compiled code.

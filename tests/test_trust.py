@@ -822,6 +822,16 @@ def test_a_debugger_or_profiler_runs_it_itself(tmp_path):
     assert done.stdout == f"{userapi.__version__}\n"
 
 
+def test_a_frozen_program_runs_itself(tmp_path):
+    """Where it is its own sys.executable, as PyInstaller's and Nuitka's are."""
+    program = "import sys; sys.executable, sys.argv[0] = '/bin/false', 'dist/userapi'"
+    (tmp_path / "sitecustomize.py").write_text(program)
+    command = [sys.executable, userapi.__file__, "--version"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"{userapi.__version__}\n"), done
+
+
 @pytest.mark.parametrize("what", ["statfs:error=ENOSYS", "clone,clone3:error=EAGAIN"])
 def test_it_serves_where_no_room_is_told_or_no_thread_started(tmp_path, what):
     trace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"inject={what}"]
