@@ -79,7 +79,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
-from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 try:
     import bottle  # type: ignore[import-untyped,unused-ignore]
@@ -663,7 +663,7 @@ class Checker:
             faults.add(place, name, "is required")
         if id and values.setdefault("id", id) != id:
             faults.add(place, "id", "is not the URI's")
-        if self.one_of and not self.partial:
+        if not self.partial:
             self.require_one(place, item, faults)
         return values
 
@@ -775,6 +775,7 @@ DAY = 24 * 60 * 60
 RETRIES = 64 << 20  # bytes of answers that are kept for retries, the last ones
 TABLES = {"users": USER, "user_phone": PHONE, "user_address": ADDRESS}
 ORIGINAL = ["user_id", "user_name", "user_mail"]  # the first application's columns
+SURROGATE = re.compile("[\ud800-\udfff]")  # what no text of UTF-8 has
 BEGIN = "BEGIN IMMEDIATE"  # not to find out at the first write that it is too late
 _NOW = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
 _LAST_SEQ = "coalesce((SELECT max(seq) FROM changes), 0)"
@@ -1062,15 +1063,10 @@ def place_of(row: Sequence[Any]) -> tuple[Any, int]:
     return key.decode(errors="surrogateescape") if type(key) is bytes else key, id
 
 
-def has_surrogates(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
-
-
 def exact_bytes(key: Any) -> Any:
     """A sort key as it is bound: text that another program damaged as its bytes."""
-    if not isinstance(key, str) or not has_surrogates(key):
-        return key
-    return key.encode(errors="surrogateescape")
+    damaged = SURROGATE.search(str(key))
+    return key.encode(errors="surrogateescape") if damaged else key
 
 
 class Transaction:
@@ -1121,7 +1117,7 @@ class Transaction:
             raise database_problem(fault) from fault
         if fault and not kind:
             raise fault
-        if self.changes and self.keep and fault is None:
+        if self.keep and fault is None:
             self.announce()
 
     def writer(self) -> sqlite3.Connection:
@@ -1699,7 +1695,8 @@ class Database:
 
     def current(self) -> Transaction:
         """The transaction that this thread is in."""
-        return self._scope.transaction or Transaction(self)
+        assert self._scope.transaction
+        return self._scope.transaction
 
     def _begin(self, tx: Transaction) -> sqlite3.Connection:
         if self.read_only:
@@ -4192,7 +4189,7 @@ def read_query(source: str, known: Names, members: Names) -> Item:
     values: Item = {}
     for name, value in query_pairs(source):
         try:
-            if not f"{name}{value}".isascii() and has_surrogates(name + value):
+            if SURROGATE.search(name + value):
                 raise ValueError("is not UTF-8")
             if name not in known:
                 raise ValueError("is no parameter here")
@@ -5161,7 +5158,7 @@ _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 #: method, authority (or None), path, query (or None) and version
 REQUEST_LINE = re.compile(
     rf"({_TOKEN}) (?:(?i:https?)://([!\"$-.0->@-~]+)(?=[/? ]))?"
-    r"([!\"$->@-~]*)(?:\?([!\"$-~]*))? HTTP/([0-9])\.([0-9])"
+    r"([!\"$->@-~]*)(?:\?([!\"$-~]*))? HTTP/([0-9]\.[0-9])"
 )
 #: the whole header section: no folding, no control bytes, no space before a colon
 SECTION = re.compile(rf"(?:{_TOKEN}:[\t -~\x80-\xff]*\r\n)*".encode("latin-1"))
@@ -5235,8 +5232,8 @@ def parse_line(line: bytes, fields: Environ) -> Environ:
     match = REQUEST_LINE.fullmatch(text)
     if not match:
         raise Problem(400, "the request line is malformed")
-    method, authority, path, query, major, minor = match.groups()
-    if major != "1" or minor not in "01":
+    method, authority, path, query, version = match.groups()
+    if version not in ("1.0", "1.1"):
         raise Problem(505, "speak HTTP/1.1")
     environ = fields
     if authority is not None:
@@ -5247,11 +5244,11 @@ def parse_line(line: bytes, fields: Environ) -> Environ:
     return {
         **environ,
         "REQUEST_METHOD": method,
-        "PATH_INFO": unquote_to_bytes(path).decode("latin-1") if "%" in path else path,
+        "PATH_INFO": unquote(path, "latin-1"),
         "QUERY_STRING": query or "",
-        "SERVER_PROTOCOL": f"HTTP/1.{minor}",
+        "SERVER_PROTOCOL": f"HTTP/{version}",
         "userapi.request": without_secrets(text),
-        "userapi.keep": minor == "1",  # the connection, if no field says otherwise
+        "userapi.keep": version == "1.1",  # the connection, if no field says otherwise
     }
 
 
@@ -5265,15 +5262,10 @@ class Parser:
         self.server, self.settings, self.peer = server, server.settings, peer
         self.buffer = b""  # what has arrived and has not been read
         self.section = b"\0"  # the last header section
-        self.fields: Environ = {}  # what it says, and what all requests here share
-        self.line = b"\r\n"  # the last request line
-        self.head: Environ = {}  # what it says, and the fields
         self.begun = False  # a part of a head has arrived
         self.environ: Environ | None = None  # the head of a request under way
         self.invites = False  # its client waits to be told to send the body
         self.body: bytearray | None = None
-        self.missing = 0  # bytes of the body, or of the chunk, that are to come
-        self.chunked = False
         self.held = 0  # bytes counted in server.bodies
         self.deadline = time.monotonic() + self.settings.idle_timeout
 
@@ -5294,9 +5286,8 @@ class Parser:
 
     def give_up(self) -> Environ:
         """What is known of the request under way, which is not read any further."""
-        known, self.environ = self.environ or {}, None
-        environ = {"REQUEST_METHOD": "-", "SERVER_PROTOCOL": "HTTP/1.1"}
-        return {**environ, **self.server.base, "REMOTE_ADDR": self.peer, **known}
+        known, self.environ = self.environ, None
+        return known or {**self.server.base, "REMOTE_ADDR": self.peer}
 
     def read_head(self) -> bool:
         """Take a head out of the buffer; False while it is not all there."""
@@ -5321,8 +5312,9 @@ class Parser:
         self.buffer = buffer[end + 4 :]
         if section != self.section:
             fields = parse_fields(section, settings.max_fields)
+            # what it says, and what all requests here share
             self.fields = {**self.server.base, **fields, "REMOTE_ADDR": self.peer}
-            self.section, self.line = section, b"\r\n"
+            self.section, self.line = section, b"\r\n"  # no line at all
         if line != self.line:
             self.head, self.line = parse_line(line, self.fields), line
         self.begin(self.head.copy())
@@ -5344,21 +5336,20 @@ class Parser:
     def expect_body(self, environ: Environ, modern: bool) -> None:
         """Learn from the head what body is to come (RFC 9112 §6, RFC 9110 §10.1.1)."""
         coding = environ.get("HTTP_TRANSFER_ENCODING")
-        length = environ.get("CONTENT_LENGTH")
-        if coding is not None and (length is not None or not modern):
+        length = environ.get("CONTENT_LENGTH", "0")
+        if coding is not None and ("CONTENT_LENGTH" in environ or not modern):
             raise Problem(400, "Transfer-Encoding does not go with this request")
         if coding is not None and coding.lower() != "chunked":
             raise Problem(501, "chunked is the one transfer coding")
-        well = length is None or length.isascii() and length.isdigit()
-        refuse_unless(well, "Content-Length")
+        refuse_unless(length.isascii() and length.isdigit(), "Content-Length")
         expect = environ.get("HTTP_EXPECT", "100-continue").lower()
         if modern and expect != "100-continue":
             raise Problem(417, "100-continue is the one expectation")
-        size = int((length or "0").lstrip("0")[:19] or 0)  # no digits without end
+        size = int(length.lstrip("0")[:19] or 0)  # no digits without end
         self.hold(size)
         if coding is not None or size:
             self.body, self.chunked = bytearray(), coding is not None
-            self.missing = size
+            self.missing = size  # bytes of it, or of its chunk, that are to come
             seconds = self.settings.body_timeout + size / BODY_RATE
             self.deadline = time.monotonic() + seconds
             if modern and "HTTP_EXPECT" in environ and not self.buffer:
@@ -5858,9 +5849,11 @@ class Server:
         self.seen: set[str] = set()
         app.metrics.connections = lambda: len(self.connections)
         self.base: Environ = {
+            "REQUEST_METHOD": "-",
             "SCRIPT_NAME": "",
             "SERVER_NAME": self.settings.host,
             "SERVER_PORT": str(self.settings.port),
+            "SERVER_PROTOCOL": "HTTP/1.1",
             "wsgi.version": (1, 0),
             "wsgi.url_scheme": "https" if self.settings.cert else "http",
             "wsgi.input": io.BytesIO(),
