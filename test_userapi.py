@@ -2093,7 +2093,7 @@ def test_a_file_that_went_away_takes_no_more_writes(connect, tmp_path, template,
 def test_what_is_no_file_is_no_database_and_nothing_is_made_beside_it(tmp_path):
     os.mkfifo(tmp_path / "users.db")
     with pytest.raises(Problem) as refused:
-        userapi.Store(str(tmp_path / "users.db"))
+        userapi.Store(tmp_path / "users.db")
     assert refused.value.detail == "is no file"
     assert [path.name for path in tmp_path.iterdir()] == ["users.db"]
 
@@ -2115,7 +2115,7 @@ def test_many_may_make_or_upgrade_a_database_at_once(
 
         def open_it(path: Path = path, together: Any = together) -> None:
             together.wait(60)
-            store = userapi.Store(str(path))
+            store = userapi.Store(path)
             opened.append(store.count_users())
             store.close()
 

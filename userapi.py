@@ -1370,12 +1370,12 @@ class Database:
 
     def __init__(
         self,
-        path: str = "users.db",
+        path: str | os.PathLike[str] = "users.db",
         unique_mail: bool | None = False,
         keep_changes: int = 100_000,
         on_change: Callable[[Item], None] | None = None,
     ) -> None:
-        self.disk = Disk(path)
+        self.disk = Disk(path := os.fspath(path))
         self.path, self.unique_mail = self.disk.path, unique_mail
         self.keep_changes, self.on_change = keep_changes, on_change
         self.memory = path == ":memory:"
@@ -1926,8 +1926,9 @@ class Store(Database):
 
     _has_tokens = False, 0.0  # and until when that is sure
 
-    def __new__(cls, path: str = "users.db", *_: Any, **__: Any) -> Store:
-        return super().__new__(PostgresStore if path.startswith(POSTGRESQL) else cls)
+    def __new__(cls, path: Any = "users.db", *_: Any, **__: Any) -> Store:
+        remote = str(path).startswith(POSTGRESQL)
+        return super().__new__(PostgresStore if remote else cls)
 
     # Reading users
 
