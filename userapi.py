@@ -1018,9 +1018,9 @@ class Query(NamedTuple):
             terms.append("(instr(name_fold, ?) > 0 OR instr(mail_fold, ?) > 0)")
             values += [fold(self.q)] * 2
         if self.name is not None:
-            terms.append("name_fold IN (?, lower(?)) AND user_name IN (?, ?)")
-            kept = unicodedata.normalize("NFC", self.name)
-            values += [fold(self.name), self.name, self.name, kept]
+            terms.append("user_name IN (?, ?) AND name_fold IN (lower(?), lower(?), ?)")
+            either = [self.name, unicodedata.normalize("NFC", self.name)]
+            values += [*either, *either, fold(self.name)]
         if self.mail is not None:
             terms.append("mail_fold IN (?, lower(?))")
             values += [fold(self.mail), self.mail]
