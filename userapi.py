@@ -5166,6 +5166,8 @@ SECTION = re.compile(rf"(?:{_TOKEN}:[\t -~\x80-\xff]*\r\n)*".encode("latin-1"))
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 FRAMING = re.compile(rb"(?im)^(?:content-length|transfer-encoding):")
 BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])")
+#: requests for which all users are looked through: a million take 0.2 s
+SCAN = re.compile("[?&](?:q|count)=|/metrics")
 #: what a client may wrongly put into a URI, and no log is to have
 SECRET = re.compile(r"([?&][^?=&\s]*(?:token|password)=)[^&\s]*", re.IGNORECASE)
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
@@ -5179,7 +5181,8 @@ UNASKED = 64 * 1024  # bytes of a body that are taken before the guard is asked
 SEND_SIZE = 64 * 1024  # bytes that may wait for the end of the turn
 WAKE = 0.2  # seconds after which a stream that had nothing is asked again
 PAUSE = 0.05  # seconds between two commits after which streams are asked
-THREADS = 4  # threads that read where the database is not in this process
+LARGE = 16 << 20  # bytes of a database from which on threads look through it
+THREADS = 4  # that do so, or ask a database which is not in this process
 SLOW_SYNC = 0.002  # seconds from which on a commit is given to a thread
 GATHER = 0.01  # seconds for which a group takes up what comes while it is run
 BURST = 32  # requests of one connection that are answered in one turn
@@ -5543,7 +5546,7 @@ class Connection(asyncio.BufferedProtocol):
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             return False
         self.busy = True
-        if environ["REQUEST_METHOD"] in self.server.direct or not self.server.group:
+        if not self.server.group or self.server.is_quick(environ):
             self.answer(environ, self.call(environ))
         else:
             self.server.enqueue(self, environ)
@@ -5632,7 +5635,7 @@ class Connection(asyncio.BufferedProtocol):
         """Send a stream's next chunk, if the client takes it."""
         if self.stream is None or self.paused:
             return
-        if self.server.remote:
+        if self.server.group and not self.server.is_quick(self.streamed):
             stream, self.stream = self.stream, None  # nobody else is to touch it
             again = functools.partial(self.pulled, stream)
             self.server.readers.run(again, next, stream, None)
@@ -5779,7 +5782,7 @@ Turn = tuple[Connection, Environ]
 
 
 class Readers:
-    """Threads that ask a database which is not in this process, for the loop."""
+    """Threads that ask the database, for the loop, where that may take long."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         import queue
@@ -5834,8 +5837,7 @@ class Server:
         self.app, self.settings, self.store = app, app.settings, app.store
         self.group = not self.store.memory  # writes are committed together
         self.remote = isinstance(self.store, PostgresStore)  # it may be slow
-        #: the methods that are answered in the loop, as the database is never slow
-        self.direct = () if self.remote else SAFE
+        self.large = False  # the file: to look through all users takes a while
         self.connections: set[Connection] = set()
         self.sleeping: set[Connection] = set()
         self.sending: list[Connection] = []
@@ -5880,11 +5882,21 @@ class Server:
         for connection in sending:
             connection.send_out()
 
-    # Writes
+    # Reads that may take long, and writes
+
+    def is_quick(self, environ: Environ) -> bool:
+        """Whether a request is answered in the loop: it reads, by an index if there are
+        many users, what is in this process's own file."""
+        quick = environ["REQUEST_METHOD"] in SAFE and not self.remote
+        return quick and not (self.large and SCAN.search(environ["userapi.request"]))
+
+    @functools.cached_property
+    def readers(self) -> Readers:
+        return Readers(self.loop)
 
     def enqueue(self, connection: Connection, environ: Environ) -> None:
         """Have a request that may write run with others that come now."""
-        if self.remote and environ["REQUEST_METHOD"] in SAFE:
+        if environ["REQUEST_METHOD"] in SAFE:
             self.read(connection, environ)
             return
         self.waiting.append((connection, environ))
@@ -6012,6 +6024,8 @@ class Server:
     def sweep(self) -> None:
         self.sweeper = self.loop.call_later(1, self.sweep)
         now = time.monotonic()
+        if not self.remote:
+            self.large = self.store.sizes().get("database", 0) > LARGE
         self.clock = time.strftime("%d/%b/%Y:%H:%M:%S %z")
         date = formatdate(usegmt=True).encode()
         self.date = b"Date: %b\r\nServer: userapi\r\n" % date
@@ -6069,7 +6083,6 @@ class Server:
         self.stopped = asyncio.Event()
         if self.remote:
             self.store.impatient = threading.get_ident()
-            self.readers = Readers(self.loop)
         elif self.group:
             self.store.open_group()
         self.sweep()

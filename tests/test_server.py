@@ -1700,6 +1700,24 @@ def test_slow_readers_are_waited_for_not_stored(crowded):
         assert crowded.memory() - before < 32 * MIB
 
 
+def test_who_searches_many_users_holds_nobody_up(crowded):
+    """30 searches, each of which looks through all, last longer than 50 reads."""
+    searches = (f"/api/user?q=nobody{n}&count=true&limit=1" for n in range(30))
+    with Client(crowded) as client, Client(crowded) as other:
+        client.send(b"".join(request("GET", path) for path in searches))
+        for _ in range(50):
+            assert other.ask(request("GET", "/api/user/7")).status == 200
+        client.socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            client.buffer += client.socket.recv(MIB)
+        assert client.buffer.count(b"HTTP/1.1 200") < 30
+        client.socket.settimeout(60)
+        for _ in range(30):
+            assert client.answer().json() == {"results": [], "total": 0, "next": None}
+        found = client.ask(request("GET", "/api/user?q=USER99999&count=true")).json()
+        assert (found["results"][0]["id"], found["total"]) == (100_000, 1)
+
+
 @linux
 def test_pipelined_requests_are_worked_off_as_their_answers_are_taken(crowded):
     """300 times everything in one send: 6 GB that nobody has taken yet."""
