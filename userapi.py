@@ -939,19 +939,18 @@ def text_sql(column: str) -> str:
 
 
 def member_sql(field: Field) -> str:
-    """The SQL of a user's member as JSON text."""
+    """The SQL of a member as JSON text."""
     if field.rows:
         shape = SHAPES[field.rows]
-        pairs = [(name, text_sql(name)) for name in shape.names if name != "id"]
-        row = object_sql([("id", "CAST(id AS bigint)"), *pairs])
+        row = object_sql((below.name, member_sql(below)) for below in shape.fields)
         return (
             f"coalesce((SELECT '[' || group_concat({row}, ', ' /*pg ORDER BY id*/)"
             f" || ']' FROM user_{shape.name} AS r WHERE r.user_id = users.user_id),"
             " '[]')"
         )
-    if field.read_only and field.schema is ID:  # another program may write text there
+    if field.schema is ID:  # another program may write text there
         return f"CAST({field.column} AS bigint)"
-    return field.column if field.schema is ID else text_sql(field.column)
+    return text_sql(field.column)
 
 
 def cell_sql(field: Field) -> str:
@@ -1115,9 +1114,9 @@ class Transaction:
             scope.transaction = outer
         if isinstance(fault, DATABASE_FAULTS):
             raise database_problem(fault) from fault
-        if fault and not kind:
+        if fault:
             raise fault
-        if self.keep and fault is None:
+        if self.keep:
             self.announce()
 
     def writer(self) -> sqlite3.Connection:
