@@ -2224,6 +2224,10 @@ def foreign_users(path: Path) -> None:
     run_sql(path, "INSERT INTO users VALUES (1, 'root', 'x')")
 
 
+def one_byte(path: Path) -> None:
+    path.write_bytes(b"\n")  # which SQLite takes for none
+
+
 def empty_beside_a_wal(path: Path) -> None:
     path.write_bytes(b"")
     path.with_name(path.name + "-wal").write_bytes(b"\x37\x7f\x06\x82" + b"\0" * 60)
@@ -2258,7 +2262,7 @@ def foreign_version(path: Path) -> None:
 
 BROKEN = [newer, text_file, cut, header_gone, foreign_tables, foreign_users]
 BROKEN += [foreign_mark, foreign_version, half_of_ours, page_gone, users_of_another]
-BROKEN += [empty_beside_a_wal, folder]
+BROKEN += [empty_beside_a_wal, one_byte, folder]
 
 
 def everything_in(path: Path) -> dict[str, bytes | None]:

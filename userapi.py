@@ -1429,19 +1429,16 @@ class Database:
             return
         except OSError as fault:
             raise Problem(503, f"cannot be read: {reason(fault)}") from None
-        ends = ("-wal", "-journal")
-        beside = [end for end in ends if os.path.exists(self.path + end)]
+        beside = [e for e in ("-wal", "-journal") if os.path.exists(self.path + e)]
         if not os.path.isfile(self.path):  # a folder, a device, a pipe
             raise Problem(503, "is no file")
-        if not size and beside == ["-journal"] and self._is_first_journal():
-            return
-        if size < 512 and (size or beside):
-            detail = (
-                f"empty, with a {beside[0]} file beside it" if beside else "too small"
-            )
-            raise Problem(503, f"is no SQLite database: {detail}")
+        if 0 < size < 512:  # of one byte SQLite would make a new one
+            raise Problem(503, "is no SQLite database: too small")
         if size:
             self._examine_safely(beside, size)
+        elif beside and not (beside == ["-journal"] and self._is_first_journal()):
+            detail = f"empty, with a {beside[0]} file beside it"
+            raise Problem(503, f"is no SQLite database: {detail}")
 
     def _is_first_journal(self) -> bool:
         """Whether the journal is of the very first write, which was cut off: it says
