@@ -3552,7 +3552,6 @@ def delete_items(call: Call) -> Answer:
 
 # The log, the documents, operating
 
-MAX_CHANGES = 100_000  # rows of the log in an answer without limit
 TURN = 20  # seconds that an event stream keeps a thread of another server
 HEARTBEAT = 15  # seconds of silence after which an event stream says that it lives
 
@@ -3574,13 +3573,25 @@ def list_changes(call: Call) -> Answer:
     if call.media == EVENTS:
         call.store.changes(last_seq, 1)  # a 410 is said before the stream begins
         return Answer(events(call, last_seq), [], EVENTS)
-    most = limit or MAX_CHANGES
-    rows = call.store.changes(since, most)
-    members = ", ".join(row for row, _ in rows)
-    more = len(rows) == most and rows[-1][1] < call.store.last_seq()
-    following = tell_next(call, "since", rows[-1][1] if more else None)
-    tail, headers = following if limit or more else ("", ())
-    return Answer(f'{{"results": [{members}]{tail}}}'.encode(), headers)
+    if limit:
+        rows = call.store.changes(since, limit + 1)
+        place = rows[limit - 1][1] if rows[limit:] else None
+        tail, headers = tell_next(call, "since", place)
+        return Answer(b"".join(json_chunks([rows[:limit]], (), tail)), headers)
+    pages = change_pages(call.store, since)
+    first = next(pages)
+    chunks = json_chunks(itertools.chain([first], pages), (), "")
+    return Answer(chunks if len(first) == PAGE_ROWS else b"".join(chunks))
+
+
+def change_pages(store: Store, since: int | None) -> Iterator[Rows]:
+    """The log after `since`, page by page, to what is its end now, and an empty page.
+    Raises Problem 410."""
+    end = store.last_seq()
+    while page := [row for row in store.changes(since, PAGE_ROWS) if row[1] <= end]:
+        yield page
+        since = page[-1][1]
+    yield []
 
 
 def next_events(call: Call, since: int | None) -> tuple[int | None, bytes] | None:
