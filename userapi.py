@@ -4485,7 +4485,13 @@ def openapi(prefix: str = "") -> Item:
 
 @operations(("get_openapi", "GET", "/openapi.json", "The OpenAPI document."))
 def get_openapi(call: Call) -> Answer:
-    return Answer(to_json(openapi(call.prefix)))
+    return Answer(document(openapi, call.prefix))
+
+
+@functools.lru_cache(maxsize=8)
+def document(make: Callable[[str], Item], where: str) -> bytes:
+    """A document as JSON, which is made once for each place that it speaks of."""
+    return to_json(make(where))
 
 
 #: the five calls of the tutorial that this application began with, and their ids
@@ -4589,7 +4595,7 @@ def postman(url: str = "http://127.0.0.1:8080") -> Item:
 
 @operations(("get_postman", "GET", "/postman.json", "The Postman collection."))
 def get_postman(call: Call) -> Answer:
-    return Answer(to_json(postman(base_url(call))))
+    return Answer(document(postman, base_url(call)))
 
 
 def base_url(call: Call) -> str:
@@ -5127,12 +5133,18 @@ DOCS_ARTICLE = """
 
 @operations(("get_reference", "GET", "/docs", "The reference for people.", (), (HTML,)))
 def get_reference(call: Call) -> Answer:
-    """The OpenAPI document as a page."""
-    prefix, links, articles = call.prefix, "", ""
+    return reference(call.prefix, base_url(call))
+
+
+@functools.lru_cache(maxsize=8)
+def reference(prefix: str, url: str) -> Answer:
+    """The OpenAPI document as a page, whose examples call this URL."""
+    links, articles = "", ""
     for path, methods in openapi(prefix)["paths"].items():
         for method, spec in methods.items():
             if not re.match("/api/(?!v2/)", path):
-                values = operation_values(call, method.upper(), path, spec)
+                values = operation_values(url, method.upper(), path, spec)
+                values["prefix"] = html.escape(prefix)
                 links += DOCS_LINK.format_map(values)
                 articles += DOCS_ARTICLE.format_map(values)
     body = DOCS_HTML.format(prefix=html.escape(prefix), links=links, articles=articles)
@@ -5140,16 +5152,16 @@ def get_reference(call: Call) -> Answer:
     return html_answer(style, DOCS_SCRIPT, title=title, about="", body=body)
 
 
-def operation_values(call: Call, method: str, path: str, spec: Item) -> Item:
+def operation_values(url: str, method: str, path: str, spec: Item) -> Item:
     """What the article of an operation shows, by name, as HTML."""
-    curl, body = f"curl -X {method} {base_url(call)}{path}", ""
+    curl, body = f"curl -X {method} {url}{path}", ""
     if "requestBody" in spec:
         sent = spec["requestBody"]["content"][JSON]["example"]
         curl += f" -H 'Content-Type: {JSON}' -d '{to_json(sent).decode()}'"
         text = json.dumps(sent, indent=2, ensure_ascii=False)
         body = DOCS_BODY.format(html.escape(text))
     values = {**spec, "method": method, "path": path, "curl": curl}
-    values.update(prefix=call.prefix, answers=", ".join(spec["responses"]))
+    values["answers"] = ", ".join(spec["responses"])
     fields = [escaped({"example": "", **each}) for each in spec["parameters"]]
     inputs = "".join(map(DOCS_INPUT.format_map, fields))
     return {**escaped(values), "inputs": inputs, "body": body}
