@@ -1675,9 +1675,9 @@ def test_another_programs_numbers_that_are_none_make_no_list_unreadable(client):
 
 
 #: What SQLite is told, so that what is acknowledged stays and a file cannot run code.
-PRAGMAS = {"journal_mode": "wal", "synchronous": 2, "journal_size_limit": 16 << 20}
+PRAGMAS = {"journal_mode": "wal", "synchronous": 3, "journal_size_limit": 16 << 20}
 PRAGMAS.update(busy_timeout=5000, foreign_keys=1, trusted_schema=0)
-PRAGMAS["wal_autocheckpoint"] = 4000
+PRAGMAS.update(wal_autocheckpoint=4000, cache_spill=0)
 
 
 @of_files("its pragmas")

@@ -1386,7 +1386,6 @@ class Database:
         self._held = False  # while this process forks
         if hasattr(os, "register_at_fork") and not self.memory:
             self._survive_forks()
-        self._turn = Transaction(self)
         self._soon: set[tuple[str, tuple[Any, ...]]] = set()
         with self.disk.one_at_a_time():
             self._open_first()
@@ -1498,11 +1497,12 @@ class Database:
     def _connect(self) -> sqlite3.Connection:
         """A connection with the pragmas that DESIGN has reasons for."""
         db = self._open(self.mode)
-        if not self.read_only and not self.memory:
+        if not self.read_only:
             switch = "PRAGMA journal_mode = WAL"
             (journal,) = run_when_free(db, switch, self.patience).fetchone()
             self.wal = journal == "wal"
-            db.execute(f"PRAGMA synchronous = {'FULL' if self.wal else 'EXTRA'}")
+            # FULL, and where there is no such log, the folder as well
+            db.execute("PRAGMA synchronous = EXTRA")
             db.execute("PRAGMA journal_size_limit = 16777216")
             db.execute("PRAGMA wal_autocheckpoint = 4000")  # pages: the same 16 MiB
             # Nothing that a savepoint takes back may have reached the log: SQLite's
@@ -1592,7 +1592,6 @@ class Database:
             if new:
                 self.many = BATCH  # nobody reads it before it is filled
                 db.execute("PRAGMA journal_mode = DELETE")
-                db.execute("PRAGMA synchronous = EXTRA")
         self._give(db)
 
     def close(self) -> None:
@@ -1796,7 +1795,7 @@ class Database:
                 db.execute("ROLLBACK")
             db.execute("PRAGMA synchronous = OFF")
             db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-        db.execute(f"PRAGMA synchronous = {'FULL' if self.wal else 'EXTRA'}")
+        db.execute("PRAGMA synchronous = EXTRA")
 
     def _insert_rows(self, db: Any, into: str, rows: list[tuple[Any, ...]]) -> None:
         """Insert rows, many with one statement: that saves a third of the time."""
