@@ -1197,7 +1197,7 @@ def whole_file(path: str, db: str) -> Iterator[str]:
     for like in (db, path):
         with contextlib.suppress(OSError):
             mode = os.stat(like).st_mode & 0o666 | 0o600
-    part = f"{path}.{os.urandom(8).hex()}.part"  # others may write the same file
+    part = f"{path}.{os.getpid()}.{os.urandom(4).hex()}.part"  # nobody else's
     try:
         os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, mode))
         yield part
