@@ -460,7 +460,6 @@ def play(template, tmp_path_factory):
     """
     folder, numbers = tmp_path_factory.mktemp("stages"), itertools.count()
     idle: list[Stage] = []
-    first = another(template)
 
     def enter(options: Any) -> Stage:
         if idle and not options:
@@ -472,7 +471,8 @@ def play(template, tmp_path_factory):
         if options or kept and POSTGRESQL:
             return stage.close()
         if kept:
-            first.backup(stage.witness)
+            with contextlib.closing(another(template)) as first:
+                first.backup(stage.witness)
         idle.append(stage)
 
     def play(row: Row) -> Any:
@@ -488,7 +488,7 @@ def play(template, tmp_path_factory):
         return answer
 
     yield play
-    for stage in (first, *idle):
+    for stage in idle:
         stage.close()
 
 
