@@ -2727,6 +2727,13 @@ def test_a_list_that_was_read_before_a_rollback_is_not_remembered(client):
         assert len(client("GET /api/user").json["results"]) == 5
 
 
+def test_to_look_for_what_no_database_holds_is_no_fault_within_a_whole(client):
+    with client.app.store.transaction():
+        client.app.store.create_users([GRACE])
+        assert client("GET /api/user?q=%00").json == {"results": []}
+    assert len(client.users()) == 5
+
+
 @of_files("the room on its disk")
 def test_a_whole_that_sqlite_takes_back_in_a_part_is_refused(client):
     store, before = client.app.store, snapshot(client)

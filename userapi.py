@@ -2767,7 +2767,7 @@ class Postgres:
         if not text or inside and sql == "ROLLBACK" and self.raw.closed:
             return None  # what is SQLite's alone, or has been done by breaking
         now = math.inf if begins else time.monotonic()
-        if not inside:
+        if sql.startswith("SELECT"):  # nobody has it; else it is refused
             values = [v.replace("\0", "\1") if type(v) is str else v for v in values]
         try:
             if not inside and (now > self.until or self.raw.closed):
