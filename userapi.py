@@ -65,6 +65,7 @@ import io
 import itertools
 import json
 import math
+import mmap
 import operator
 import re
 import signal
@@ -1244,6 +1245,20 @@ class Disk:
                         time.sleep(0.002)
             yield
 
+    def can_map(self) -> bool:
+        """Whether files beside this one can be mapped as memory, without which nobody
+        can open a database with a write-ahead log, though SQLite would make it one."""
+        part = f"{self.path}.{os.getpid()}.{os.urandom(4).hex()}.part"
+        mapped = True
+        with contextlib.suppress(OSError), open(part, "xb+", 0) as file:
+            file.write(b"-")
+            mapped = False
+            mmap.mmap(file.fileno(), 1).close()
+            mapped = True
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        return mapped
+
     def stamp(self) -> list[tuple[str, int, int]]:
         """What differs once somebody has written to the file or beside it."""
         found = []
@@ -1498,8 +1513,11 @@ class Database:
         """A connection with the pragmas that DESIGN has reasons for."""
         db = self._open(self.mode)
         if not self.read_only:
-            switch = "PRAGMA journal_mode = WAL"
-            (journal,) = run_when_free(db, switch, self.patience).fetchone()
+            mode = "PRAGMA journal_mode"
+            (journal,) = run_when_free(db, mode, self.patience).fetchone()
+            if journal not in ("wal", "memory") and self.disk.can_map():
+                mode += " = WAL"
+                (journal,) = run_when_free(db, mode, self.patience).fetchone()
             self.wal = journal == "wal"
             # FULL, and where there is no such log, the folder as well
             db.execute("PRAGMA synchronous = EXTRA")

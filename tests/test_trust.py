@@ -832,6 +832,22 @@ def test_a_frozen_program_runs_itself(tmp_path):
     assert (done.returncode, done.stdout) == (0, f"{userapi.__version__}\n"), done
 
 
+def test_where_no_file_can_be_mapped_there_is_no_write_ahead_log(tmp_path):
+    """SQLite would make one all the same, and nobody could open the file again."""
+    path, calls = tmp_path / "users.db", tmp_path / "calls"
+    strace = ["strace", "-qq", "-y", "-o", calls, "-e", "trace=mmap", "-e"]
+    command = [sys.executable, USERAPI, "token", "add", "desk", "--db", path]
+    env = {**CLEAN, "PYTHONHASHSEED": "0"}
+    for mode in ("wal", "delete"):
+        path.unlink(missing_ok=True)
+        number = 1 + sum(1 for _ in calls.open()) if mode == "delete" else 65000
+        what = f"inject=mmap:error=ENODEV:when={number}..{number + 1}"
+        subprocess.run([*strace, what, *command], env=env, check=True, timeout=60)
+        assert rows(path, "PRAGMA journal_mode") == [(mode,)]
+        seen = calls.read_text().partition(".part>")[0]
+        calls.write_text(seen[: seen.rindex("\n") + 1])
+
+
 @pytest.mark.parametrize("what", ["statfs:error=ENOSYS", "clone,clone3:error=EAGAIN"])
 def test_it_serves_where_no_room_is_told_or_no_thread_started(tmp_path, what):
     trace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"inject={what}"]
