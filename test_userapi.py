@@ -2683,8 +2683,14 @@ def test_a_part_that_is_refused_leaves_nothing_in_the_whole(connect, refused):
         store.create_users([ADA])
         with pytest.raises(Problem):
             refused(store)
-        store.create_users([{**ADA, "mail": "other@x.org"}], actor="bob")
-        store.delete_users([3])
+        with pytest.raises(ZeroDivisionError), store.transaction():
+            store.create_users([{**ADA, "mail": "other@x.org"}])
+            store.create_users([{**ADA, "mail": "third@x.org"}])
+            1 / 0  # noqa: B018
+        with store.transaction():
+            assert store.count_users() == 5
+            store.create_users([{**ADA, "mail": "other@x.org"}], actor="bob")
+            store.delete_users([3])
     assert [user["id"] for user in store.find_users(mail=SIMONE["mail"])] == [1]
     after = [user["id"] for user in store.find_users()]
     assert after == [*(user["id"] for user in before if user["id"] != 3), 1338, 1339]
