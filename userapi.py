@@ -1871,8 +1871,8 @@ class Database:
         self.disk.make_room(self._group)
 
     def begin_group(self, wait: bool = False) -> bool:
-        """Begin a group; False where another program holds the lock. With `wait`, wait
-        for it."""
+        """Begin a group; False where that is not possible now, as another program holds
+        the lock. With `wait`, wait for it."""
         assert self._group is not None
         self._turn, self._group_state = Transaction(self), "begun"
         self._turn.connection = self._group
@@ -1881,7 +1881,7 @@ class Database:
                 run_when_free(self._group, BEGIN, self.patience if wait else 0)
                 self._highest, self._turn.now = None, utc_now()
         except DATABASE_FAULTS as fault:
-            if not wait and "locked" in str(fault):
+            if not wait:
                 return False
             self._turn.fault = fault
         self._group_state = "open"
@@ -1997,9 +1997,9 @@ class Store(Database):
             "".join(text or "" for text in found[:3]).encode()  # texts, and whole ones
             well = (
                 found.sort.removeprefix("-") in SORTS
-                and len(found.after or (0, 0)) == 2
+                and (found.after is None or len(found.after) == 2)
                 and (found.limit is None or 0 < operator.index(found.limit) < 2**63)
-                and max(map(abs, found.ids or (0,))) < 2**63
+                and all(abs(id) < 2**63 for id in found.ids or ())
             )
         except (TypeError, AttributeError, UnicodeError):
             well = False
@@ -2108,13 +2108,13 @@ class Store(Database):
 
     def _outlive(self, items: list[Item]) -> None:
         """Let new users go on from the versions that deleted ones of their ids had."""
-        last: dict[int, int] = {}
+        last = {0: 0}  # that of all whose own is not remembered
         for ids in batches(item["id"] for item in items):
             marks = ", ".join("?" * len(ids))
             sql = f"SELECT user_id, version FROM graves WHERE user_id IN (0, {marks})"
             last.update(self.rows(sql, ids))
         for item in items:
-            before = max(last.get(item["id"], 0), last.get(0, 0))
+            before = last.get(item["id"], last[0])
             item["version"] = max(item.get("version", 1), before + 1)
 
     def _update(
