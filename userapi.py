@@ -6519,9 +6519,10 @@ def run_token(action: str, name: str, read_only: bool, **given: Any) -> None:
         raise SettingError("a token's name is 1 to 64 of A-Z a-z 0-9 . _ @ -")
     if action == "add" and name == "admin":
         raise SettingError("admin is what the setting's own token is called")
-    with open_given(given, makes=action == "add") as store:
-        if action == "add":
-            print(store.add_token(name, "read-only" if read_only else "admin"))
+    with open_given(given, makes=action == "add") as store, store.transaction():
+        if action == "add":  # one that nobody sees is not kept
+            role = "read-only" if read_only else "admin"
+            print(store.add_token(name, role), flush=True)
         elif action == "revoke":
             store.revoke_token(name)
         else:

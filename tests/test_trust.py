@@ -744,6 +744,15 @@ def test_an_export_without_room_leaves_nothing(disk):
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done
 
 
+def test_a_token_that_cannot_be_shown_is_not_made(tmp_path):
+    path = tmp_path / "users.db"
+    with open("/dev/full", "w") as full:
+        add = ("token", "add", "desk", "--db", path)
+        done = run(*add, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1 and "No space" in done.stderr
+    assert rows(path, "SELECT name FROM tokens") == []
+
+
 def test_an_upgrade_without_room_leaves_the_old(disk):
     folder = disk("1m")
     path = kept(0, folder / "users.db")
