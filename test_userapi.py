@@ -22,6 +22,7 @@ import pickle
 import re
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -512,6 +513,26 @@ def wait_until(condition, seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it never came true"
         time.sleep(0.01)
+
+
+def at_once(count: int, call: Any) -> list[Any]:
+    """What a call returns in each of so many threads, which begin together."""
+    together = threading.Barrier(count)
+
+    def begin(number: int) -> Any:
+        together.wait(60)
+        return call(number)
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(begin, range(count)))
+
+
+def run(*argv: Any, **more: Any) -> Any:
+    """A program that has a minute, and finds the module: what becomes of it."""
+    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": paths, **more.pop("env", {})}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
+    return subprocess.run([*map(str, argv)], timeout=60, env=env, **streams)
 
 
 def ended(process: Any) -> int:
@@ -1697,18 +1718,12 @@ def test_our_own_write_is_one_change_and_one_version(client):
 @of_files("a database in memory")
 def test_memory_is_private_to_an_application_and_shared_by_its_threads():
     one, two = Client(":memory:"), Client(":memory:")
-    answers: list[Any] = []
 
-    def write() -> None:
-        for _ in range(20):
-            answers.append(one("POST /api/user", {"item": GRACE}))
+    def write(_: int) -> set[int]:
+        answers = [one("POST /api/user", {"item": GRACE}) for _ in range(20)]
+        return {answer.status_int for answer in answers}
 
-    threads = [threading.Thread(target=write) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert {answer.status_int for answer in answers} == {201}
+    assert at_once(4, write) == [{201}] * 4
     assert [user["id"] for user in one.users()] == list(range(1, 81))
     assert two.users() == []
     one.close()
@@ -1728,25 +1743,19 @@ def test_two_applications_on_one_file_see_each_other(connect):
 
 def test_of_many_threads_with_one_etag_one_wins(client):
     """The write decides, not a read before it."""
-    etag, statuses = client.etag(1), []
+    if_match = {"If-Match": client.etag(1)}
 
-    def write(number: int) -> None:
+    def write(number: int) -> int:
         item = {"name": f"N{number}", "mail": "n@x"}
-        answer = client("PUT /api/user/1", {"item": item}, {"If-Match": etag})
-        statuses.append(answer.status_int)
+        return client("PUT /api/user/1", {"item": item}, if_match).status_int
 
-    threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert sorted(statuses) == [200] + [412] * 7
+    assert sorted(at_once(8, write)) == [200] + [412] * 7
 
 
 def test_a_file_that_another_program_holds_is_a_503(client):
     """The other's lock outlasts our patience; the write leaves nothing, reads go on."""
     assert client("GET /api/user/1").status_int == 200
-    client.app.store.patience = 0.1
+    client.app.store.patience = 0.01
     with contextlib.closing(another(client.db)) as other:
         other.execute("BEGIN IMMEDIATE")
         answer = client("DELETE /api/user/1")
@@ -2013,7 +2022,7 @@ memory = userapi.Store(":memory:")
 for one in (store, memory):
     one.create_users([{"name": "Before", "mail": "b@x"}])
 del gone
-before, store.patience = set(store._pool), 0.1
+before, store.patience = set(store._pool), 0.01
 store._writing.acquire()  # as a thread has it that is about to write
 child = os.fork()
 if not child:
@@ -2062,27 +2071,16 @@ print([user["name"] for user in store.find_users()][-3:], store.check())
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
 def test_what_a_child_wrote_stays_when_its_parent_closes_the_database(db):
     """Else its log would be deleted under it."""
-    out = run_script(FORK_AND_CLOSE, db)
-    wanted = "['Before', 'First', 'Second'] []\n"
+    out = run(sys.executable, "-c", FORK_AND_CLOSE, db)
+    wanted = b"['Before', 'First', 'Second'] []\n"
     assert (out.returncode, out.stdout) == (0, wanted), out.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
 def test_a_store_goes_on_in_both_processes_after_a_fork(db):
-    out = run_script(FORK, db)
-    wanted = "['Before', 'Child', 'Parent'] []\n"
+    out = run(sys.executable, "-c", FORK, db)
+    wanted = b"['Before', 'Child', 'Parent'] []\n"
     assert (out.returncode, out.stdout) == (0, wanted), out.stderr
-
-
-def run_script(script: str, db: Any) -> Any:
-    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", script, str(db)],
-        capture_output=True,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": paths},
-        text=True,
-    )
 
 
 def test_a_store_needs_no_fork(connect, monkeypatch):
@@ -2131,24 +2129,17 @@ def test_many_may_make_or_upgrade_a_database_at_once(
     """Without a lock (on Windows) that is not sure, but they can open it one by one."""
     if not lock:
         monkeypatch.setitem(sys.modules, "fcntl", None)
-    opened: list[int] = []
     for number in range(8 if lock else 1):
-        path, together = tmp_path / f"{number}.db", threading.Barrier(4 if lock else 1)
+        path = tmp_path / f"{number}.db"
         if old:
             shutil.copy(first, path)
 
-        def open_it(path: Path = path, together: Any = together) -> None:
-            together.wait(60)
-            store = userapi.Store(path)
-            opened.append(store.count_users())
-            store.close()
+        def open_it(_: int, path: Path = path) -> int:
+            with contextlib.closing(userapi.Store(path)) as store:
+                return store.count_users()
 
-        threads = [threading.Thread(target=open_it) for _ in range(together.parties)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-    assert opened == [len(FIRST_ROWS) * old] * (32 if lock else 1)
+        opened = at_once(4 if lock else 1, open_it)
+        assert set(opened) == {len(FIRST_ROWS) * old}
 
 
 @of_files("the file of the first application")
@@ -2188,44 +2179,11 @@ def test_what_is_half_written_when_a_database_is_opened_is_no_damage(
     store.close()
 
 
-def newer(path: Path) -> None:
-    run_sql(path, "PRAGMA user_version = 9999")
-
-
-def text_file(path: Path) -> None:
-    path.write_text("id,name,mail\n1,Simone,s@g\n" * 100)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 def page_gone(path: Path) -> None:
-    ((at_,),) = run_sql(
-        path, "SELECT rootpage FROM sqlite_master WHERE name = 'graves'"
-    )
+    sql = "SELECT rootpage FROM sqlite_master WHERE name = 'graves'"
+    ((at_,),) = run_sql(path, sql)
     whole = path.read_bytes()
     path.write_bytes(whole[: (at_ - 1) * 4096] + bytes(4096) + whole[at_ * 4096 :])
-
-
-def header_gone(path: Path) -> None:
-    path.write_bytes(b"\0" * 100 + path.read_bytes()[100:])
-
-
-def foreign_tables(path: Path) -> None:
-    path.unlink()
-    run_sql(path, "CREATE TABLE customers (id INTEGER PRIMARY KEY, name TEXT)")
-
-
-def foreign_users(path: Path) -> None:
-    path.unlink()
-    key = "id INTEGER PRIMARY KEY AUTOINCREMENT"
-    run_sql(path, f"CREATE TABLE users ({key}, login TEXT, pw TEXT)")
-    run_sql(path, "INSERT INTO users VALUES (1, 'root', 'x')")
-
-
-def one_byte(path: Path) -> None:
-    path.write_bytes(b"\n")  # which SQLite takes for none
 
 
 def empty_beside_a_wal(path: Path) -> None:
@@ -2238,31 +2196,34 @@ def folder(path: Path) -> None:
     path.mkdir()
 
 
-def users_of_another(path: Path) -> None:
-    path.unlink()
-    run_sql(path, FIRST_SCHEMA)
-    run_sql(path, "CREATE TABLE orders (id INTEGER PRIMARY KEY)")
+def of_another(*statements: str) -> Any:
+    """Another program's database is in its place."""
+
+    def damage(path: Path) -> None:
+        path.unlink()
+        for statement in statements:
+            run_sql(path, statement)
+
+    return damage
 
 
-def half_of_ours(path: Path) -> None:
-    run_sql(path, "DROP TABLE changes")
-
-
-def foreign_mark(path: Path) -> None:
-    path.unlink()
-    run_sql(path, FIRST_SCHEMA)
-    run_sql(path, "PRAGMA application_id = 5")
-
-
-def foreign_version(path: Path) -> None:
-    path.unlink()
-    run_sql(path, FIRST_SCHEMA)
-    run_sql(path, "PRAGMA user_version = 1")
-
-
-BROKEN = [newer, text_file, cut, header_gone, foreign_tables, foreign_users]
-BROKEN += [foreign_mark, foreign_version, half_of_ours, page_gone, users_of_another]
-BROKEN += [empty_beside_a_wal, one_byte, folder]
+THEIR_USERS = "CREATE TABLE users (id INTEGER PRIMARY KEY AUTOINCREMENT, login TEXT)"
+BROKEN = {
+    "newer": lambda path: run_sql(path, "PRAGMA user_version = 9999"),
+    "half of ours": lambda path: run_sql(path, "DROP TABLE changes"),
+    "text": lambda path: path.write_text("id,name,mail\n1,Simone,s@g\n" * 100),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "no header": lambda path: path.write_bytes(bytes(100) + path.read_bytes()[100:]),
+    "one byte": lambda path: path.write_bytes(b"\n"),  # which SQLite takes for none
+    "no page": page_gone,
+    "empty beside a log": empty_beside_a_wal,
+    "folder": folder,
+    "no users": of_another("CREATE TABLE customers (id INTEGER PRIMARY KEY)"),
+    "other users": of_another(THEIR_USERS, "INSERT INTO users VALUES (1, 'root')"),
+    "more tables": of_another(FIRST_SCHEMA, "CREATE TABLE orders (id INTEGER)"),
+    "marked": of_another(FIRST_SCHEMA, "PRAGMA application_id = 5"),
+    "of a version": of_another(FIRST_SCHEMA, "PRAGMA user_version = 1"),
+}
 
 
 def everything_in(path: Path) -> dict[str, bytes | None]:
@@ -2275,7 +2236,7 @@ def everything_in(path: Path) -> dict[str, bytes | None]:
 @of_files("its file")
 @pytest.mark.parametrize("damage", BROKEN)
 def test_a_file_that_is_not_ours_is_refused_and_untouched(db, damage, capfd):
-    damage(db)
+    BROKEN[damage](db)
     before = everything_in(db.parent)
     with pytest.raises(Problem) as refused:
         UserAPI(db=str(db))
@@ -4017,16 +3978,8 @@ def test_keys_that_are_none(play, key):
 
 
 def test_the_same_key_at_once_is_done_once(client):
-    answers = []
-
-    def send() -> None:
-        answers.append(client("POST /api/user", {"item": GRACE}, keyed("k")))
-
-    threads = [threading.Thread(target=send) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    line, body = "POST /api/user", {"item": GRACE}
+    answers = at_once(6, lambda _: client(line, body, keyed("k")))
     assert {answer.status_int for answer in answers} == {201}
     assert len({answer.body for answer in answers}) == 1
     assert len(client.users()) == 5
@@ -5875,40 +5828,28 @@ def test_a_write_waits_for_another_program_and_reads_do_not(db):
     with hosting(UserAPI(str(db))) as (_, url):
         with contextlib.closing(another(db)) as other:
             other.execute("BEGIN IMMEDIATE")
-            answers: list[Any] = []
-            write = threading.Thread(
-                target=lambda: answers.append(fetch(url, "DELETE /api/user/1"))
-            )
-            write.start()
-            assert fetch(url, "GET /api/user/1")[0] == 200
-            other.execute("UPDATE users SET user_name = 'Foreign' WHERE user_id = 2")
-            other.execute("COMMIT")
-            write.join(60)
-        assert answers[0][0] == 200
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                write = pool.submit(fetch, url, "DELETE /api/user/1")
+                assert fetch(url, "GET /api/user/1")[0] == 200
+                other.execute("UPDATE users SET user_name = 'Fo' WHERE user_id = 2")
+                other.execute("COMMIT")
+        assert write.result()[0] == 200
         assert fetch(url, "GET /api/user/1")[0] == 404
-        assert (
-            json.loads(fetch(url, "GET /api/user/2")[2])["results"][0]["name"]
-            == "Foreign"
-        )
+        (user,) = json.loads(fetch(url, "GET /api/user/2")[2])["results"]
+        assert user["name"] == "Fo"
 
 
 def test_writes_of_one_turn_fail_alone(db):
     """Many at once, a third refused, a third dry runs: each gets its own answer."""
     sent = [(BAD, "", 422), (GRACE, "", 201), (GRACE, "?dry_run=true", 201)] * 10
-    answers: dict[int, int] = {}
     seen: list[Any] = []
     with hosting(UserAPI(str(db), on_change=seen.append)) as (_, url):
 
-        def send(number: int) -> None:
+        def send(number: int) -> int:
             item, query, _ = sent[number]
-            answers[number] = fetch(url, f"POST /api/user{query}", {"item": item})[0]
+            return fetch(url, f"POST /api/user{query}", {"item": item})[0]
 
-        threads = [threading.Thread(target=send, args=(n,)) for n in range(30)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-    assert answers == {n: status for n, (_, _, status) in enumerate(sent)}
+        assert at_once(30, send) == [status for _, _, status in sent]
     made = run_sql(db, "SELECT user_id FROM users WHERE user_id > 1337 ORDER BY 1")
     assert made == [(id,) for id in range(1338, 1348)]
     assert [change["op"] for change in seen] == ["create"] * 10
@@ -6429,46 +6370,27 @@ def talk(url: str, data: bytes) -> bytes:
 # Command line
 # ------------------------------------------------------------------------------------
 
-REFUSED = [
-    ["--nonsense"],
-    ["nonsense"],
-    ["serve", "extra"],
-    ["--db", ""],
-    ["--port", "x"],
-    ["--port", "-1"],
-    ["--port", "65536"],
-    ["--por", "0"],
-    ["--token", "secret"],
-    ["--token=secret"],
-    ["--log", "loud"],
-    ["--max-body", "x"],
-    ["--host", "0.0.0.0", "--port", "0"],
-    ["--host", "::", "--port", "0"],
-    ["--host", "192.0.2.1", "--port", "0"],
-    ["--cert", "nothing.pem", "--port", "0"],
-    ["import"],
-    ["import", "x.csv", "--conflict", "maybe"],
-    ["export", "--format", "xml"],
-    ["backup"],
-    ["backup", "-"],
-    ["token"],
-    ["token", "list", "desk"],
-    ["token", "list", "--read-only"],
-    ["token", "revoke", "desk", "--read-only"],
-    ["token", "add"],
-    ["token", "add", "two words"],
-    ["token", "add", "admin"],
-    ["token", "nonsense"],
-    ["--unix", "users.db"],
+REFUSED = ["--nonsense", "nonsense", "serve extra", "--db ''", "--port x", "--port -1"]
+REFUSED += ["--port 65536", "--por 0", "--token secret", "--token=secret", "--log loud"]
+REFUSED += ["--max-body x", "--host 0.0.0.0 --port 0", "--host :: --port 0"]
+REFUSED += ["--host 192.0.2.1 --port 0", "--cert nothing.pem --port 0", "import"]
+REFUSED += [
+    "import x.csv --conflict maybe",
+    "export --format xml",
+    "backup",
+    "backup -",
 ]
+REFUSED += ["token", "token list desk", "token list --read-only", "token add"]
+REFUSED += ["token revoke desk --read-only", "token add 'two words'", "token add admin"]
+REFUSED += ["token nonsense", "--unix users.db"]
 
 
-@pytest.mark.parametrize("argv", REFUSED, ids=" ".join)
-def test_wrong_usage_is_a_2(capfd, tmp_path, monkeypatch, argv):
+@pytest.mark.parametrize("words", REFUSED)
+def test_wrong_usage_is_a_2(capfd, tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     db = Path(shutil.copy(HERE / "users.db.sample", tmp_path / "users.db"))
     before = db.read_bytes()
-    status, out, err = run_main(capfd, *argv)
+    status, out, err = run_main(capfd, *shlex.split(words))
     assert status == 2 and err.strip() and "secret" not in out + err
     assert db.read_bytes() == before
 
@@ -6626,7 +6548,7 @@ def test_an_import_into_a_new_database_needs_no_log(tmp_path, capfd, open_elsewh
 
 @of_files("it has a log of another kind")
 def test_nobody_opens_a_new_database_while_it_is_filled(tmp_path, monkeypatch):
-    monkeypatch.setattr(userapi.Database, "patience", 0.1)
+    monkeypatch.setattr(userapi.Database, "patience", 0.01)
     db = str(tmp_path / "new.db")
     store = userapi.Store(db)
     store.expect_many()
@@ -7029,13 +6951,9 @@ def test_a_port_that_is_taken_is_one_line(command):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
 def test_import_from_standard_input_and_export_to_a_pipe(db):
-    done_ = subprocess.run(
-        each((0, "import", "-"), ["export", "--format", "csv"]),
-        input="name,mail\nZoé,z@x\n".encode(),
-        capture_output=True,
-        timeout=60,
-        env={**os.environ, "USERAPI_DB": str(db)},
-    )
+    program = each((0, "import", "-"), ["export", "--format", "csv"])
+    text = "name,mail\nZoé,z@x\n".encode()
+    done_ = run(*program, input=text, env={"USERAPI_DB": str(db)})
     assert (done_.returncode, done_.stderr) == (0, b"")
     counts_ = "1 created, 0 replaced, 0 skipped\n"
     assert done_.stdout == (counts_ + CSV_TEXT + "1338,Zoé,z@x\r\n").encode()
@@ -7059,15 +6977,9 @@ PRINTING = [(1, "openapi"), (1, "token", "add", "desk"), (1, "check")]
 
 @pytest.mark.skipif(sys.platform != "linux", reason="has no /dev/full")
 def test_what_cannot_be_printed_is_a_1_and_one_line(db):
-    env = {**os.environ, **BUFFERED, "USERAPI_DB": str(db)}
+    env = {**BUFFERED, "USERAPI_DB": str(db)}
     with open("/dev/full", "w") as full:
-        done_ = subprocess.run(
-            each(*PRINTING, ["openapi"]),
-            stdout=full,
-            stderr=subprocess.PIPE,
-            timeout=60,
-            env=env,
-        )
+        done_ = run(*each(*PRINTING, ["openapi"]), stdout=full, env=env)
     assert done_.returncode == 1
     assert re.fullmatch(b"(userapi: .*\n){4}", done_.stderr)
 
@@ -7153,31 +7065,18 @@ def test_an_import_of_nothing_makes_no_database(command, db):
 
 def test_importing_the_module_does_nothing(tmp_path):
     code = "import userapi, os; print(os.listdir('.'))"
-    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
-    out = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        timeout=60,
-        cwd=tmp_path,
-        env=env,
-        text=True,
-    )
-    assert (out.returncode, out.stdout, out.stderr) == (0, "[]\n", "")
+    env = {"PYTHONDONTWRITEBYTECODE": "1"}
+    out = run(sys.executable, "-c", code, cwd=tmp_path, env=env)
+    assert (out.returncode, out.stdout, out.stderr) == (0, b"[]\n", b"")
 
 
 def test_without_bottle_one_line_says_how_to_get_it(tmp_path):
     """Python without its site packages: Bottle is not there."""
-    shutil.copy(HERE / "userapi.py", tmp_path)
-    out = subprocess.run(
-        [sys.executable, "-I", "-S", str(tmp_path / "userapi.py"), "--port", "0"],
-        capture_output=True,
-        timeout=60,
-        text=True,
-    )
+    copy = shutil.copy(HERE / "userapi.py", tmp_path)
+    out = run(sys.executable, "-I", "-S", copy, "--port", "0")
     assert out.returncode in (1, 2)
     assert len(out.stderr.strip().splitlines()) == 1
-    assert "pip" in out.stderr and "bottle.py" in out.stderr
+    assert b"pip" in out.stderr and b"bottle.py" in out.stderr
 
 
 @pytest.mark.parametrize("name", ["__main__", "alone"])
@@ -7195,14 +7094,11 @@ def test_it_starts_where_files_may_not_be_large():
     """A file that it makes at its start is cut short then."""
     import resource
 
-    out = subprocess.run(
-        [*SCRIPT, "--version"],
-        capture_output=True,
-        timeout=60,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, 2**17)),
-    )
-    assert (out.returncode, out.stdout) == (0, f"{userapi.__version__}\n"), out.stderr
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, 2**17))
+
+    out = run(*SCRIPT, "--version", preexec_fn=limit)
+    assert (out.returncode, out.stdout) == (0, f"{userapi.__version__}\n".encode())
 
 
 # ------------------------------------------------------------------------------------
@@ -7244,14 +7140,7 @@ def test_the_readmes_examples_are_true(tmp_path):
         for line, wanted in examples:
             line = line.replace("http://127.0.0.1:8080/", url)
             line = line.replace("http://localhost:8080/", url)
-            out = subprocess.run(
-                ["sh", "-c", line],
-                capture_output=True,
-                timeout=60,
-                cwd=tmp_path,
-                text=True,
-                encoding="utf-8",
-            )
+            out = run("sh", "-c", line, cwd=tmp_path, text=True, encoding="utf-8")
             assert same(wanted, out.stdout), f"{line}\n{out.stdout}{out.stderr}"
 
 
