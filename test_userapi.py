@@ -2479,6 +2479,25 @@ def test_addresses_may_move_along_a_long_row_of_users(connect):
     assert [user["mail"] for user in store.merge_users(moved)] == mails[1:] + mails[:1]
 
 
+@of_files("what other programs write is noticed by triggers")
+@pytest.mark.parametrize("way", ["ABORT", "REPLACE", "IGNORE"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT OR {} INTO users (user_name, user_mail) VALUES ('Eve', 'GIERTZ{}')",
+        "UPDATE OR {} users SET user_mail = 'GIERTZ{}' WHERE user_id = 3",
+    ],
+)
+def test_another_program_takes_no_address_away(connect, statement, way):
+    client = connect(unique_mail=True)
+    before = snapshot(client)
+    with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
+        run_sql(client.db, statement.format(way, "@shittyrobots.loc"))
+    assert snapshot(client) == before and client.app.store.check() == []
+    run_sql(client.db, "UPDATE users SET user_mail = upper(user_mail)")  # one's own
+    assert client.users()[0]["mail"] == "GIERTZ@SHITTYROBOTS.LOC"
+
+
 def test_unique_mail_holds_for_processes_that_were_started_without(connect):
     client = connect()
     assert connect(unique_mail=True).users() == client.users()

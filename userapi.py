@@ -926,6 +926,19 @@ MIGRATIONS = (
         )
         + "; END",
     ),
+    # before, another program's OR REPLACE held in our trigger, too, which under
+    # unique_mail took a user who had the address away without a word
+    tuple(
+        f"CREATE TRIGGER users_{name}_taken BEFORE {event} ON users WHEN NEW.version ="
+        f" {version} BEGIN SELECT RAISE(ABORT, 'UNIQUE constraint failed:"
+        " users.mail_fold') FROM users JOIN sqlite_master ON name = 'users_unique_mail'"
+        " WHERE mail_fold = lower(NEW.user_mail) AND mail_fold <> ''"
+        f" AND user_id <> {row}.user_id; END"
+        for name, event, version, row in (
+            ("insert", "INSERT", "0", "NEW"),
+            ("update", "UPDATE OF user_mail", "OLD.version", "OLD"),
+        )
+    ),
 )
 
 

@@ -2191,7 +2191,21 @@ VERSION_3 = re.sub(
 ).replace("\nCOMMIT;\nPRAGMA", f"{TRIGGERS}COMMIT;\nPRAGMA")
 VERSION_3 = VERSION_3.replace("user_version = 2", "user_version = 3")
 
-VERSIONS = [VERSION_0, VERSION_1, VERSION_2, VERSION_3]
+#: version 4 has two triggers more
+TRIGGERS = """
+CREATE TRIGGER users_insert_taken BEFORE INSERT ON users WHEN NEW.version = 0 BEGIN
+SELECT RAISE(ABORT, 'UNIQUE constraint failed: users.mail_fold') FROM users JOIN
+sqlite_master ON name = 'users_unique_mail' WHERE mail_fold = lower(NEW.user_mail) AND
+mail_fold <> '' AND user_id <> NEW.user_id; END;
+CREATE TRIGGER users_update_taken BEFORE UPDATE OF user_mail ON users WHEN NEW.version =
+OLD.version BEGIN SELECT RAISE(ABORT, 'UNIQUE constraint failed: users.mail_fold') FROM
+users JOIN sqlite_master ON name = 'users_unique_mail' WHERE mail_fold =
+lower(NEW.user_mail) AND mail_fold <> '' AND user_id <> OLD.user_id; END;
+"""
+VERSION_4 = VERSION_3.replace("\nCOMMIT;\nPRAGMA", f"{TRIGGERS}COMMIT;\nPRAGMA")
+VERSION_4 = VERSION_4.replace("user_version = 3", "user_version = 4")
+
+VERSIONS = [VERSION_0, VERSION_1, VERSION_2, VERSION_3, VERSION_4]
 TABLES = (
     "users", "user_phone", "user_address", "changes", "retries", "tokens", "graves",
 )  # fmt: skip
