@@ -5595,11 +5595,12 @@ def test_requests_are_the_same_however_they_arrive(scratch, cuts):
 
 
 def begin(scratch: Any, sent: str) -> userapi.Parser:
-    """A parser that has read what was sent, with | for CR LF."""
+    """A parser that has read what was sent, | being CR LF, in pieces that end at ^."""
     parser = userapi.Parser(userapi.Server(scratch.app), "127.0.0.1")
-    parser.buffer = sent.replace("|", "\r\n").encode()
-    while parser.next_request():
-        pass
+    for piece in sent.replace("|", "\r\n").split("^"):
+        parser.buffer += piece.encode()
+        while parser.next_request():
+            parser.deadline = float("inf")
     return parser
 
 
@@ -5636,7 +5637,7 @@ def test_who_has_begun_to_send_is_not_invited(scratch, begun):
 #: (what has arrived; for how many seconds the rest is waited for).
 WAITS = [
     ("GET /", 10),
-    (f"GET /health HTTP/1.1|{AT}|GET /", 10),
+    (f"GET ^/health HTTP/1.1|{AT}|GET /", 10),
     (f"{JSON_POST}Content-Length: 5||", 20),
     (f"{JSON_POST}Content-Length: {4 << 20}||", 36),
 ]
