@@ -5164,6 +5164,7 @@ def test_an_application_never_raises(client):
         {"CONTENT_LENGTH": "-1"},
         {"CONTENT_LENGTH": "9" * 30},
         {"CONTENT_LENGTH": "50"},
+        {"CONTENT_LENGTH": 50},
         {"HTTP_HOST": ""},
         {"HTTP_HOST": "\xff"},
         {"REMOTE_ADDR": "nonsense"},

@@ -4078,8 +4078,8 @@ class UserAPI:
 
     def read_body(self, call: Call) -> None:
         """Read the body into the call. Raises Problem 400, 411, 413."""
-        environ = call.environ
-        length, most = environ.get("CONTENT_LENGTH") or "", self.settings.max_body
+        environ, most = call.environ, self.settings.max_body
+        length = str(environ.get("CONTENT_LENGTH") or "")  # some give a number
         stream = environ["wsgi.input"]
         if not length:
             chunked = "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "").lower()
