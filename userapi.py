@@ -1411,7 +1411,6 @@ class Database:
         self._pool: list[sqlite3.Connection] = []  # that nobody uses
         self._made: set[sqlite3.Connection] = set()  # and those that are in use
         self._left: list[Any] = []  # of the parent process, after a fork
-        self._held = False  # while this process forks
         if hasattr(os, "register_at_fork") and not self.memory:
             self._survive_forks()
         self._soon: set[tuple[str, tuple[Any, ...]]] = set()
@@ -1659,8 +1658,7 @@ class Database:
             self._group = None
 
     def _after_fork_in_parent(self) -> None:
-        held, self._held = self._held, False
-        if held:
+        if self._held:
             self._writing.release()
         if self._is_in_turn() and not self._group:
             self.open_group()
