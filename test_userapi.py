@@ -2191,6 +2191,11 @@ def empty_beside_a_wal(path: Path) -> None:
     path.with_name(path.name + "-wal").write_bytes(b"\x37\x7f\x06\x82" + b"\0" * 60)
 
 
+def empty_beside_a_journal(path: Path) -> None:
+    path.write_bytes(b"")
+    path.with_name(path.name + "-journal").write_bytes(b"\1" * 512)  # of many pages
+
+
 def folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
@@ -2217,6 +2222,7 @@ BROKEN = {
     "one byte": lambda path: path.write_bytes(b"\n"),  # which SQLite takes for none
     "no page": page_gone,
     "empty beside a log": empty_beside_a_wal,
+    "empty beside a journal": empty_beside_a_journal,
     "folder": folder,
     "no users": of_another("CREATE TABLE customers (id INTEGER PRIMARY KEY)"),
     "other users": of_another(THEIR_USERS, "INSERT INTO users VALUES (1, 'root')"),
@@ -2256,11 +2262,13 @@ def test_a_file_in_a_folder_that_is_not_there_is_refused(tmp_path):
 
 
 @of_files("its file")
-@pytest.mark.parametrize("emptied", [False, True])
-def test_an_empty_file_is_a_new_database(connect, tmp_path, emptied):
+@pytest.mark.parametrize("left", ["nothing", "a first write's journal", "a table's"])
+def test_an_empty_file_is_a_new_database(connect, tmp_path, left):
     path = tmp_path / "new.db"
     path.touch()
-    if emptied:
+    if left.endswith("journal"):
+        path.with_name("new.db-journal").write_bytes(b"\1" * 16 + bytes(496))
+    elif left != "nothing":
         run_sql(path, "CREATE TABLE t (id INTEGER PRIMARY KEY AUTOINCREMENT)")
         run_sql(path, "DROP TABLE t")
     client = connect(path)
