@@ -5513,9 +5513,8 @@ class Connection(asyncio.BufferedProtocol):
 
     # What asyncio calls
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+    def connection_made(self, transport: Any) -> None:  # uvloop's is none of asyncio's
+        self.transport: asyncio.Transport = transport
         peer = transport.get_extra_info("peername")
         known = peer[0] if isinstance(peer, tuple) else "127.0.0.1"
         self.parser = Parser(self.server, known)
