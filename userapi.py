@@ -6335,7 +6335,7 @@ def serve(app: UserAPI, **settings: Any) -> None:
     users = app.store.count_users()
     text = (
         f"userapi {__version__} on {url} · {show_db(app.settings.db)}, {users}"
-        f" user{'s' * (users != 1)} · "
+        f" user{'s' * (users != 1)}{', read-only' * app.store.read_only} · "
         + ("token needed" if app.guard.configured else "no token: this host only")
     )
     ready = functools.partial(print, text, file=sys.stderr, flush=True)

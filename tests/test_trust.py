@@ -1264,6 +1264,7 @@ def test_read_only_media(disk, left):
     try:
         with Server(path, output=f"{folder}.output") as server:
             assert_reads_only(server, count)
+            assert left != "closed" or " users, read-only · " in server_said(folder)
     except AssertionError as fault:
         assert left == "cut off" and "did not start" in str(fault), fault
         assert re.search(r"\nuserapi: [^\n]+\n", "\n" + server_said(folder))
