@@ -5724,9 +5724,10 @@ def test_a_connection_is_kept(server):
             assert not answer.will_close
 
 
-def drip(server: Any, sock: socket.socket) -> float:
-    """Send a byte now and then until a 408 comes; the seconds that it takes."""
+def drip(server: Any, sock: socket.socket, first: bytes) -> float:
+    """Send this, and a byte now and then until a 408 comes: the seconds it takes."""
     began = time.monotonic()
+    sock.sendall(first)
     while not select.select([sock], [], [], 0.02)[0]:
         sock.sendall(b"a")
         pass_a_second(server)
@@ -5745,11 +5746,9 @@ def test_deadlines(db):
         head.sendall(ASK_HEALTH[20:])
         assert statuses(head.recv(65536)) == [200]
         server.settings.head_timeout = server.settings.body_timeout = 0.1
-        head.sendall(ASK_HEALTH[:-2] + b"X: ")
-        assert drip(server, head) >= 0.1
+        assert drip(server, head, ASK_HEALTH[:-2] + b"X: ") >= 0.1
         half = f"{JSON_POST}Content-Length: 5000||half"
-        body.sendall(half.replace("|", "\r\n").encode())
-        assert drip(server, body) >= 0.1
+        assert drip(server, body, half.replace("|", "\r\n").encode()) >= 0.1
         assert not readable(idle)
         server.settings.idle_timeout = 0.1
         late = stack.enter_context(dial(url))
