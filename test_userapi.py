@@ -2053,6 +2053,8 @@ if not child:
         os.write(wrote[1], b".")
         os.read(closed[0], 1)
     os._exit(0)  # as a child of multiprocessing ends
+assert store.begin_group(wait=True)
+store.commit_group()
 for _ in range(2):
     os.read(wrote[0], 1)
     store.close_group()
