@@ -1808,6 +1808,7 @@ def test_a_commit_that_fails_leaves_nothing(client):
         assert client("GET /api/user/1").status_int == 200
     assert snapshot(client) == before
     assert client("DELETE /api/user/1").status_int == 200
+    assert client.app.store.rows("PRAGMA synchronous") == [(3,)], "as careful as before"
 
 
 @of_files("the room on its disk")
