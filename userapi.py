@@ -5494,7 +5494,7 @@ class Parser:
         return end + 4
 
 
-class Connection(asyncio.BufferedProtocol):
+class Connection(asyncio.Protocol):
     """One client: its requests are answered one by one, in order (RFC 9112)."""
 
     def __init__(self, server: Server) -> None:
@@ -5515,6 +5515,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: Any) -> None:  # uvloop's is none of asyncio's
         self.transport: asyncio.Transport = transport
+        with contextlib.suppress(AttributeError):  # uvloop has a size of its own
+            transport.max_size = READ_SIZE
         peer = transport.get_extra_info("peername")
         known = peer[0] if isinstance(peer, tuple) else "127.0.0.1"
         self.parser = Parser(self.server, known)
@@ -5531,13 +5533,10 @@ class Connection(asyncio.BufferedProtocol):
             self.server.note(self.streamed)
         self.end_stream()
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self.server.inbox
-
-    def buffer_updated(self, size: int) -> None:
+    def data_received(self, data: bytes) -> None:
         if self.closing:
             return
-        parser, data = self.parser, self.server.inbox[:size].tobytes()
+        parser = self.parser
         parser.buffer = parser.buffer + data if parser.buffer else data
         if self.busy or self.paused or self.working:
             self.read_no_more()
@@ -5591,10 +5590,12 @@ class Connection(asyncio.BufferedProtocol):
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             return False
         self.busy = True
-        if not self.server.group or self.server.is_quick(environ):
+        server = self.server
+        direct = environ["REQUEST_METHOD"] in server.direct or not server.group
+        if direct or server.is_quick(environ):
             self.answer(environ, self.call(environ))
         else:
-            self.server.enqueue(self, environ)
+            server.enqueue(self, environ)
         return True
 
     # Answers
@@ -5882,7 +5883,8 @@ class Server:
         self.app, self.settings, self.store = app, app.settings, app.store
         self.group = not self.store.memory  # writes are committed together
         self.remote = isinstance(self.store, PostgresStore)  # it may be slow
-        self.large = False  # the file: to look through all users takes a while
+        #: the methods that are answered in the loop, whatever they ask for
+        self.direct: tuple[str, ...] = () if self.remote else SAFE
         self.connections: set[Connection] = set()
         self.sleeping: set[Connection] = set()
         self.sending: list[Connection] = []
@@ -5891,7 +5893,6 @@ class Server:
         self.sync_time = 1.0  # seconds that a commit takes of late
         self.committing = self.stopping = self.logging = False
         self.bodies = self.handshakes = 0
-        self.inbox = memoryview(bytearray(READ_SIZE))  # of all, one after the other
         self.lines: list[str] = []
         self.log_room = LOG_ROOM
         self.seen: set[str] = set()
@@ -5932,8 +5933,11 @@ class Server:
     def is_quick(self, environ: Environ) -> bool:
         """Whether a request is answered in the loop: it reads, by an index if there are
         many users, what is in this process's own file."""
-        quick = environ["REQUEST_METHOD"] in SAFE and not self.remote
-        return quick and not (self.large and SCAN.search(environ["userapi.request"]))
+        method, scans = (
+            environ["REQUEST_METHOD"],
+            SCAN.search(environ["userapi.request"]),
+        )
+        return method in self.direct or method in SAFE and not (self.remote or scans)
 
     @functools.cached_property
     def readers(self) -> Readers:
@@ -6070,7 +6074,8 @@ class Server:
         self.sweeper = self.loop.call_later(1, self.sweep)
         now = time.monotonic()
         if not self.remote:
-            self.large = self.store.sizes().get("database", 0) > LARGE
+            large = self.store.sizes().get("database", 0) > LARGE
+            self.direct = () if large else SAFE
         self.clock = time.strftime("%d/%b/%Y:%H:%M:%S %z")
         date = formatdate(usegmt=True).encode()
         self.date = b"Date: %b\r\nServer: userapi\r\n" % date
