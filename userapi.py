@@ -5871,7 +5871,7 @@ class Readers:
 
 
 class Server:
-    """Serves a UserAPI over one or more sockets, in one thread.
+    """Serves a UserAPI over one or more sockets, in one thread, but for slow reads.
 
     What writes waits for the end of the loop's turn; then all of it is run in one
     transaction, with what comes meanwhile, and committed; only then do the answers go
@@ -5933,11 +5933,9 @@ class Server:
     def is_quick(self, environ: Environ) -> bool:
         """Whether a request is answered in the loop: it reads, by an index if there are
         many users, what is in this process's own file."""
-        method, scans = (
-            environ["REQUEST_METHOD"],
-            SCAN.search(environ["userapi.request"]),
-        )
-        return method in self.direct or method in SAFE and not (self.remote or scans)
+        method, asked = environ["REQUEST_METHOD"], environ["userapi.request"]
+        by_index = method in SAFE and not self.remote and not SCAN.search(asked)
+        return method in self.direct or by_index
 
     @functools.cached_property
     def readers(self) -> Readers:
